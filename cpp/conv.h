@@ -1,0 +1,43 @@
+// The contract of the three operations: shapes, layouts, modes, and what skipping a zero means.
+//
+//   conv_fwd          out[n,y,x,k]  = sum_{r,s,c} lhs[n, y*stride_h+r-pad_top, x*stride_w+s-pad_left, c] * rhs[r,s,c,k]
+//   conv_bwd_input    dlhs = the transpose of conv_fwd in lhs, applied to g (the gradient of out)
+//   conv_bwd_weights  drhs = the transpose of conv_fwd in rhs, applied to (lhs, g)
+//
+// Layouts are Flax's own, dense and row-major: lhs and dlhs NHWC [n,h,w,c], rhs and drhs HWIO [r,s,c,k],
+// out and g NHWC [n,oh,ow,k]. Indices outside lhs are zero padding.
+//
+// The *checked* operand is the one whose zeros are skipped: lhs in FWD, g in BWI, either in BWW.
+// A skipped zero (+0.0, -0.0 or, under flush-to-zero, a subnormal) does not meet the other operand, so 0 * Inf and
+// 0 * NaN count as 0 where it is skipped and as NaN where it is not. NaN and Inf in the checked operand are never
+// skipped. Apart from that, skipping changes the order of summation only, and the order depends on the shapes, the
+// ISA and the values' zero pattern, never on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsetrain {
+
+struct ConvShape {
+  int64_t n, h, w, c;          // lhs
+  int64_t r, s, k;             // kernel height and width, output features
+  int64_t oh, ow;              // output image
+  int64_t stride_h, stride_w;  // >= 1
+  int64_t pad_top, pad_left;   // >= 0; bottom and right padding follow from oh, ow
+};
+
+enum class Mode : int64_t {
+  kAuto = 0,    // measure the zeros of this call, choose
+  kSparse = 1,  // always skip
+  kDense = 2,   // never skip
+};
+
+class Executor;  // parallel.h
+
+void conv_fwd(const ConvShape& shape, Mode mode, const float* lhs, const float* rhs, float* out, Executor& executor);
+void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const float* rhs, float* dlhs,
+                    Executor& executor);
+void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const float* g, float* drhs,
+                      Executor& executor);
+
+}  // namespace sparsetrain

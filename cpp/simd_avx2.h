@@ -1,0 +1,99 @@
+// Isa for AVX2 and FMA: 8 lanes, 16 registers. See simd_portable.h for what each operation means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace sparsetrain {
+namespace {
+
+// kCompress[m] moves the lanes named by the bits of m to the front; kExpand[m] is its inverse.
+struct LaneTables {
+  alignas(32) int32_t compress[256][8];
+  alignas(32) int32_t expand[256][8];
+  alignas(16) uint8_t compress_u16[256][16];
+  constexpr LaneTables() : compress{}, expand{}, compress_u16{} {
+    for (int m = 0; m < 256; ++m) {
+      int n = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (m >> i & 1) {
+          compress[m][n] = i;
+          expand[m][i] = n;
+          compress_u16[m][2 * n] = static_cast<uint8_t>(2 * i);
+          compress_u16[m][2 * n + 1] = static_cast<uint8_t>(2 * i + 1);
+          ++n;
+        }
+      }
+    }
+  }
+};
+constexpr LaneTables kLaneTables;
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
+  using Vec = __m256;
+
+  static ST_INLINE Vec zero() { return _mm256_setzero_ps(); }
+  static ST_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static ST_INLINE Vec load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static ST_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  static ST_INLINE void store_n(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+  static ST_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+  static ST_INLINE void stream_fence() { _mm_sfence(); }
+  static ST_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static ST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static ST_INLINE float sum(Vec v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  static ST_INLINE uint32_t nonzero(Vec v) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+  }
+  static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
+    const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTables.compress[mask]));
+    _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(v, lanes));
+  }
+  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, const uint16_t* src) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kLaneTables.compress_u16[mask]));
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(v, bytes));
+  }
+  static ST_INLINE Vec expand(uint32_t mask, const float* p) {
+    const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTables.expand[mask]));
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i keep = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes), _mm256_castsi256_ps(keep));
+  }
+  static ST_INLINE void transpose(Vec (&r)[kLanes]) {
+    __m256 t[8];
+    ST_UNROLL for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    ST_UNROLL for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    ST_UNROLL for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    ST_UNROLL for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+
+ private:
+  static ST_INLINE __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+
+}  // namespace
+}  // namespace sparsetrain

@@ -1,0 +1,78 @@
+// Isa for AVX-512 F, BW, DQ, VL: 16 lanes, 32 registers. See simd_portable.h for what each operation means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace sparsetrain {
+namespace {
+
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
+  using Vec = __m512;
+
+  static ST_INLINE Vec zero() { return _mm512_setzero_ps(); }
+  static ST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static ST_INLINE Vec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static ST_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static ST_INLINE void store_n(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static ST_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+  static ST_INLINE void stream_fence() { _mm_sfence(); }
+  static ST_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static ST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static ST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+  static ST_INLINE uint32_t nonzero(Vec v) {
+    return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  }
+  static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
+  }
+  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, const uint16_t* src) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), wide);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(packed));
+  }
+  static ST_INLINE Vec expand(uint32_t mask, const float* p) {
+    return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p));
+  }
+  static ST_INLINE void transpose(Vec (&r)[kLanes]) {
+    __m512 t[16];
+    ST_UNROLL for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    ST_UNROLL for (int i = 0; i < 16; i += 4) {
+      r[i] = pairs_lo(t[i], t[i + 2]);
+      r[i + 1] = pairs_hi(t[i], t[i + 2]);
+      r[i + 2] = pairs_lo(t[i + 1], t[i + 3]);
+      r[i + 3] = pairs_hi(t[i + 1], t[i + 3]);
+    }
+    ST_UNROLL for (int j = 0; j < 4; ++j) {
+      const __m512 a = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88), b = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+      const __m512 c = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+      const __m512 d = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+      t[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+      t[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      t[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+      t[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+    ST_UNROLL for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+
+ private:
+  static ST_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static ST_INLINE __m512 pairs_lo(__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static ST_INLINE __m512 pairs_hi(__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+};
+
+}  // namespace
+}  // namespace sparsetrain

@@ -1,0 +1,80 @@
+// Isa for any machine: 4 lanes through the compiler's vector extension. Also the definition of what every Isa offers.
+//
+//   load, store       any alignment            load_n, store_n   the first n < kLanes lanes; the rest reads as zero,
+//   stream            aligned, may by-pass                       is not written, and is never touched in memory
+//   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
+//   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage
+//   compress_u16      the same for kLanes 16-bit integers read from src
+//   expand            p[0..popcount) to the lanes named by mask, zero elsewhere; kLanes floats are read
+//   transpose         r[i][j] <-> r[j][i]
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace sparsetrain {
+namespace {
+
+struct Portable {
+  static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 16;
+  typedef float Vec __attribute__((vector_size(16)));
+
+  static ST_INLINE Vec zero() { return Vec{0, 0, 0, 0}; }
+  static ST_INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static ST_INLINE Vec load_n(const float* p, int n) {
+    Vec v = zero();
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+  }
+  static ST_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+  static ST_INLINE void store_n(float* p, Vec v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+  static ST_INLINE void stream(float* p, Vec v) { store(p, v); }
+  static ST_INLINE void stream_fence() {}
+  static ST_INLINE Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
+  static ST_INLINE Vec add(Vec a, Vec b) { return a + b; }
+  static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static ST_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static ST_INLINE uint32_t nonzero(Vec v) {
+    return (v[0] != 0 ? 1u : 0) | (v[1] != 0 ? 2u : 0) | (v[2] != 0 ? 4u : 0) | (v[3] != 0 ? 8u : 0);
+  }
+  static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
+    for (int i = 0; i < kLanes; ++i) {
+      *p = v[i];
+      p += mask >> i & 1;
+    }
+  }
+  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, const uint16_t* src) {
+    for (int i = 0; i < kLanes; ++i) {
+      *p = src[i];
+      p += mask >> i & 1;
+    }
+  }
+  static ST_INLINE Vec expand(uint32_t mask, const float* p) {
+    Vec v = zero();
+    for (int i = 0; i < kLanes; ++i) {
+      if (mask >> i & 1) v[i] = *p++;
+    }
+    return v;
+  }
+  static ST_INLINE void transpose(Vec (&r)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = i + 1; j < kLanes; ++j) {
+        const float x = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = x;
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace sparsetrain
