@@ -1,0 +1,350 @@
+"""Times single convolution layers at given sparsities: ours against PyTorch/oneDNN and stock XLA:CPU, in one run.
+
+    python bench/conv.py                                   four layers, FWD, BWI and BWW, s = 0, .5, .7, .9
+    python bench/conv.py --shapes vgg16,resnet50 --csv out.csv --plot out.png
+    python bench/conv.py --shapes '3x3_56x56_256to256' --batch 4 --sparsity .7
+    python bench/conv.py --memory                          peak memory of a call instead of its time
+
+Everything runs through the public JAX API under jit, so packing, scanning for zeros and writing the result are counted.
+GF/s are dense-equivalent: the multiplications that were skipped count as done. The sparse roofline is
+peak / (1 - sparsity) with the peak of this machine measured in the same run. Ratios are time of the baseline over our
+time: above 1 we are faster.
+
+It restarts itself in a tuned environment (see `common.TUNING`) and once more without, for the last columns.
+PyTorch is optional (`pip install '.[bench]'`); without it the oneDNN columns stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+from common import COMPONENT_TITLES, COMPONENTS, Case, Options, Record
+from rich.console import Console
+from rich.table import Table
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", default="quick", help="comma list of tags, groups, names or patterns; 'list' shows them"
+    )
+    parser.add_argument("--sparsity", default="0,.5,.7,.9", help="comma list of fractions of zeros")
+    parser.add_argument("--components", default="fwd,bwd_input,bwd_weights", help=f"of {', '.join(COMPONENTS)}, or all")
+    parser.add_argument("--batch", type=int, help="images; default 16, and 4 for inputs of 112x112 and above")
+    parser.add_argument("--mask", choices=("iid", "blobs"), default="iid", help="how zeros are spread")
+    parser.add_argument("--mode", choices=("auto", "sparse", "dense"), default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds for each competitor of each case")
+    parser.add_argument("--baselines", default="onednn,xla", help="of onednn, xla; empty for none")
+    parser.add_argument("--no-untuned", action="store_true", help="skip the second pass in an untuned environment")
+    parser.add_argument("--csv", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--memory", action="store_true", help="report the peak memory of one call instead of its time")
+    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--untuned-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=(common.OURS, common.ONEDNN, common.XLA), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.cases = [] if arguments.shapes == "list" else build_cases(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def build_cases(arguments: argparse.Namespace) -> list[Case]:
+    names = []
+    for name in arguments.components.split(","):
+        if name == "bwd_weights":
+            names += [common.BWW_LHS, common.BWW_G]
+        elif name == "all":
+            names += COMPONENTS
+        elif name in COMPONENTS:
+            names.append(name)
+        else:
+            raise ValueError(f"--components: {name!r} is not one of {', '.join(COMPONENTS)}, bwd_weights, all")
+    sparsities = [float(value) for value in arguments.sparsity.split(",")]
+    if bad := [value for value in sparsities if not 0 <= value <= 1]:
+        raise ValueError(f"--sparsity: {bad[0]} is not in [0, 1]")
+    if arguments.threads < 1:
+        raise ValueError(f"--threads: {arguments.threads} is not positive")
+    cases = [
+        common.sparse_case(layer, layer.batch(arguments.batch), component, sparsity)
+        for layer in common.select_layers(arguments.shapes)
+        for component in dict.fromkeys(names)
+        for sparsity in sparsities
+    ]
+    # Without zeros the two ways to check BWW are the same case.
+    return list(dict.fromkeys(c for c in cases if not (c.component == common.BWW_G and c.g_sparsity == 0)))
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    return Options(
+        mask=arguments.mask,
+        mode=arguments.mode,
+        threads=arguments.threads,
+        budget=arguments.budget / (2 if arguments.untuned_child else 1),
+        check=not arguments.untuned_child,
+        baselines=tuple(filter(None, arguments.baselines.split(","))),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def print_results(records: list[Record], console: Console) -> None:
+    first = records[0]
+    peak = common.number(first.peak_gflops, ".0f")
+    threads = f"{first.threads} thread{'s'[: first.threads > 1]}"
+    console.print(
+        f"\n{first.isa}, {threads}, {first.mask} zeros, mode={first.mode}; measured peak {peak} GF/s.\n"
+        "GF/s dense-equivalent, medians; ratios: time of the other over ours, above 1 we win.\n"
+        "Untuned: default malloc and OpenMP settings; spinning OpenMP threads then cost oneDNN itself a good part."
+    )
+    for component in COMPONENTS:
+        chosen = [record for record in records if record.component == component]
+        if chosen:
+            console.print(component_table(component, chosen))
+    console.print(summary_table(records))
+    if all(record.x_onednn is None for record in records):
+        console.print("No oneDNN columns: PyTorch is not installed (pip install '.\\[bench]').")
+
+
+def component_table(component: str, records: list[Record]) -> Table:
+    def roofline(record: Record) -> str:
+        at_all_zero = record.sparsity == 1  # nothing left to multiply: no bound
+        return "-" if record.roofline_fraction is None or at_all_zero else f"{record.roofline_fraction:.0%}"
+
+    columns: list[tuple[str, Callable[[Record], str]]] = [
+        ("N", lambda r: str(r.batch)),
+        ("zeros", lambda r: f"{r.sparsity:.2f}"),
+        ("GF/s", lambda r: f"{r.gflops:.0f}"),
+        ("of roofline", roofline),
+        ("x oneDNN", lambda r: common.colored_ratio(r.x_onednn)),
+        ("x XLA", lambda r: common.colored_ratio(r.x_xla)),
+        ("XLA by", lambda r: r.xla_kind or "-"),
+        ("path", lambda r: r.path),
+        ("untuned: GF/s", lambda r: common.number(r.untuned_gflops, ".0f")),
+        ("x oneDNN", lambda r: common.number(r.untuned_x_onednn)),
+        ("x XLA", lambda r: common.number(r.untuned_x_xla)),
+    ]
+    columns = [(heading, cell) for heading, cell in columns if any(cell(record) != "-" for record in records)]
+    table = Table("layer", title=COMPONENT_TITLES[component], title_justify="left")
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    previous = records[0].layer
+    for record in records:
+        if record.layer != previous:
+            table.add_section()
+            previous = record.layer
+        table.add_row(record.layer, *(cell(record) for _, cell in columns))
+    return table
+
+
+def summary_table(records: list[Record]) -> Table:
+    table = Table(title="Geometric means (and the worst layer) by group", title_justify="left")
+    for heading in ("group", "component"):
+        table.add_column(heading)
+    for heading in ("zeros", "layers", "x oneDNN", "worst", "x XLA", "worst", "untuned: x oneDNN", "x XLA"):
+        table.add_column(heading, justify="right")
+    keys = dict.fromkeys((record.group, record.component, record.sparsity) for record in records)
+    order = {component: index for index, component in enumerate(COMPONENTS)}
+    groups = list(dict.fromkeys(group for group, _, _ in keys))
+    previous = None
+    for group, component, sparsity in sorted(keys, key=lambda key: (groups.index(key[0]), order[key[1]], key[2])):
+        if previous not in (None, (group, component)):
+            table.add_section()
+        previous = (group, component)
+        rows = [r for r in records if (r.group, r.component, r.sparsity) == (group, component, sparsity)]
+        cells = []
+        for name in ("x_onednn", "x_xla"):
+            ratios = [getattr(row, name) for row in rows]
+            cells.append(common.colored_ratio(common.geometric_mean(ratios)))
+            cells.append(common.number(min((ratio for ratio in ratios if ratio), default=None)))
+        for name in ("untuned_x_onednn", "untuned_x_xla"):
+            cells.append(common.number(common.geometric_mean(getattr(row, name) for row in rows)))
+        table.add_row(group, component, f"{sparsity:.2f}", str(len(rows)), *cells)
+    return table
+
+
+def plot(records: list[Record], path: str) -> None:
+    """Dense-equivalent speed over sparsity, a panel for each group and component, layers thin and their mean thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    groups = list(dict.fromkeys(record.group for record in records))
+    components = [name for name in COMPONENTS if any(record.component == name for record in records)]
+    figure, axes = plt.subplots(
+        len(groups),
+        len(components),
+        figsize=(4 * len(components), 3 * len(groups)),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+    )
+    styles = {"ours": "C0", "oneDNN": "C1", "XLA": "C2"}
+    for row, group in enumerate(groups):
+        for column, component in enumerate(components):
+            axis = axes[row][column]
+            chosen = [record for record in records if (record.group, record.component) == (group, component)]
+            if component == common.BWW_G:  # its point without zeros is BWW_LHS's
+                chosen += [r for r in records if (r.group, r.component, r.sparsity) == (group, common.BWW_LHS, 0.0)]
+            speeds: dict[str, dict[float, list[float]]] = {name: {} for name in styles}
+            for record in chosen:
+                for name, seconds in (("ours", record.ours_s), ("oneDNN", record.onednn_s), ("XLA", record.xla_s)):
+                    if seconds:
+                        speeds[name].setdefault(record.sparsity, []).append(record.gflop / seconds)
+            for layer in dict.fromkeys(record.layer for record in chosen):
+                line = sorted((r.sparsity, r.gflops) for r in chosen if r.layer == layer)
+                axis.plot(*zip(*line, strict=True), color=styles["ours"], linewidth=0.6, alpha=0.5)
+            for name, points in speeds.items():
+                if points:
+                    at = sorted(points)
+                    means = [common.geometric_mean(points[s]) for s in at]
+                    axis.plot(at, means, marker="o", markersize=4, linewidth=2, color=styles[name], label=name)
+            peak = chosen[0].peak_gflops if chosen else None
+            if peak:
+                zeros = np.linspace(0, min(0.95, max((r.sparsity for r in chosen), default=0.9)), 50)
+                axis.plot(zeros, peak / (1 - zeros), "k--", linewidth=1, label="peak / (1 - s)")
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.set_title(f"{group}: {component}", fontsize=9)
+            axis.grid(alpha=0.3, which="both")
+            if column == 0:
+                axis.set_ylabel("GF/s, dense-equivalent")
+            if row == len(groups) - 1:
+                axis.set_xlabel("fraction of zeros")
+    axes[0][0].legend(fontsize=8)
+    first = records[0]
+    figure.suptitle(
+        f"Convolutions, {first.isa}, {first.threads} threads, {first.mask} zeros (thick: geometric mean of layers)"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}: --memory needs Linux")
+
+
+def memory_of(case: Case, who: str, options: Options) -> float | None:
+    """MiB by which the first call of `who` raises this process's resident memory at its peak, result included."""
+    import jax.numpy as jnp
+
+    arrays = common.Operands(case.layer, case.batch, options).draw(case)
+    if who == common.ONEDNN:
+        ways = common.torch_competitors(case, arrays)
+        if not ways:
+            return None
+        import torch
+
+        torch.set_num_threads(options.threads)
+        torch.set_grad_enabled(False)
+        run = ways[0].run
+    else:
+        compiled = common.compile_jax(case.layer, case.batch, case.component, who, options.mode)
+        run = common.jax_competitor(compiled, who, [jnp.asarray(array) for array in arrays]).run
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    before = _status_kib("VmRSS")
+    run()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def print_memory(arguments: argparse.Namespace, argv: Sequence[str], console: Console) -> None:
+    """Each competitor's call in a fresh process of its own; the environment is the untuned one."""
+    from rich.progress import track
+
+    people = [common.OURS, *options_of(arguments).baselines]
+    columns: dict[str, list[Any]] = {}
+    for who in track(people, description="peak memory", transient=True):
+        columns[who] = [
+            common.run_child(
+                __file__,
+                [*argv, "--memory-of", who, "--shapes", case.layer.name, "--batch", str(case.batch)]
+                + ["--components", case.component, "--sparsity", str(case.skippable)],
+                tuned=False,
+                threads=arguments.threads,
+            )
+            for case in arguments.cases
+        ]
+    table = Table(
+        title="Peak memory of one call beyond its operands, MiB (first call, fresh process)", title_justify="left"
+    )
+    for heading in ("layer", "component"):
+        table.add_column(heading)
+    for heading in ("N", "zeros", "result itself", *people):
+        table.add_column(heading, justify="right")
+    for index, case in enumerate(arguments.cases):
+        layer = case.layer
+        elements = {
+            common.FWD: case.batch * layer.out_size**2 * layer.features,
+            common.BWI: case.batch * layer.size**2 * layer.in_features,
+            common.BWI_MASKED: case.batch * layer.size**2 * layer.in_features,
+        }.get(case.component, layer.kernel**2 * layer.in_features * layer.features)
+        cells = [common.number(columns[who][index], ".1f") for who in people]
+        size = f"{elements * 4 / 2**20:.1f}"
+        table.add_row(layer.name, case.component, str(case.batch), f"{case.skippable:.2f}", size, *cells)
+    console.print(table)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def list_layers(console: Console) -> None:
+    table = Table(title="Layers: kernel (s stride) _ input _ in_features to features", title_justify="left")
+    for heading in ("name", "group", "tags"):
+        table.add_column(heading)
+    for layer in common.LAYERS.values():
+        table.add_row(layer.name, layer.group, ", ".join(layer.tags))
+    console.print(table)
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    console = common.console()
+    if arguments.shapes == "list":
+        list_layers(console)
+        return
+    options = options_of(arguments)
+    if arguments.child and arguments.memory_of:
+        common.write_json(arguments.child, memory_of(arguments.cases[0], arguments.memory_of, options))
+        return
+    if arguments.child:
+        common.write_json(arguments.child, [dataclasses.asdict(r) for r in common.measure(arguments.cases, options)])
+        return
+    try:
+        common.limit_threads(arguments.threads)
+    except ValueError as error:
+        raise SystemExit(f"conv.py: error: {error}") from error
+    if arguments.memory:
+        print_memory(arguments, argv, console)
+        return
+    records = [Record(**r) for r in common.run_child(__file__, argv, tuned=True, threads=arguments.threads)]
+    if not arguments.no_untuned:
+        console.print("second pass, untuned environment")
+        again = common.run_child(__file__, [*argv, "--untuned-child"], tuned=False, threads=arguments.threads)
+        common.merge_untuned(records, [Record(**r) for r in again])
+    print_results(records, console)
+    if arguments.csv:
+        common.write_csv(arguments.csv, records)
+    if arguments.plot:
+        plot(records, arguments.plot)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
