@@ -1,0 +1,31 @@
+"""Train ReLU networks on the CPU faster: JAX convolutions that skip zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import nnx
+from .conv import conv_general_dilated, explain, sparse_conv
+from .linen import SparseConv
+from .native import available_isas, isa
+from .telemetry import plot_sparsity, sparsity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SparseConv",
+    "available_isas",
+    "conv_general_dilated",
+    "explain",
+    "isa",
+    "nnx",
+    "plot_sparsity",
+    "sparse_conv",
+    "sparsify",
+    "sparsity",
+]
+
+
+def sparsify(*args: Any, **kwargs: Any) -> Any:
+    """Not there yet: the transformation that makes every convolution of a function sparse."""
+    raise NotImplementedError("sparsetrain_jax.sparsify is not implemented yet; use SparseConv or conv_general_dilated")

@@ -1,0 +1,561 @@
+"""Public convolutions: :func:`sparse_conv`, :func:`conv_general_dilated`, the hooks for layers, and :func:`explain`.
+
+Both functions describe a call by a :class:`_Call`, which either has a :class:`_Route` to the sparse primitives or a
+reason why ``jax.lax`` computes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from . import _compat, native, primitives
+from .shapes import MODES, ConvSpec, padding_pairs, per_axis
+
+__all__ = ["Component", "ConvHook", "Explanation", "conv_general_dilated", "explain", "sparse_conv"]
+
+#: dtypes that the sparse kernels take; all accumulate in float32.
+_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which convolutions the sparse kernels compute, and how their operands get there
+
+
+@dataclass(frozen=True)
+class _Route:
+    """The way to the primitives: how the operands become ``NHWC`` and ``RSCK``, and the spec."""
+
+    spec: ConvSpec
+    lhs_axes: tuple[int, ...]
+    rhs_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    dtype: Any  # of the computation and of the result
+
+    def lhs(self, lhs: jax.Array) -> jax.Array:
+        return self._enter(lhs, self.lhs_axes, 1)
+
+    def rhs(self, rhs: jax.Array) -> jax.Array:
+        return self._enter(rhs, self.rhs_axes, 0)
+
+    def out(self, out: jax.Array) -> jax.Array:
+        if len(self.out_axes) == 3:
+            out = lax.squeeze(out, (1,))
+        return out if self.out_axes == tuple(range(out.ndim)) else lax.transpose(out, self.out_axes)
+
+    def _enter(self, x: jax.Array, axes: tuple[int, ...], new_axis: int) -> jax.Array:
+        if x.dtype != self.dtype:
+            x = lax.convert_element_type(x, self.dtype)
+        if axes != tuple(range(x.ndim)):
+            x = lax.transpose(x, axes)
+        return lax.expand_dims(x, (new_axis,)) if len(axes) == 3 else x
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one convolution, those of ``jax.lax.conv_general_dilated``, and the way it takes.
+
+    Attributes:
+      route: the way to the sparse primitives, or None.
+      reason: why there is none; empty if there is one.
+    """
+
+    window_strides: Any
+    padding: Any
+    lhs_dilation: Any
+    rhs_dilation: Any
+    dimension_numbers: Any
+    feature_group_count: Any
+    batch_group_count: Any
+    precision: Any
+    preferred_element_type: Any
+    out_sharding: Any
+    route: _Route | None = None
+    reason: str = ""
+
+    def lax(self, lhs: Any, rhs: Any) -> jax.Array:
+        """The stock operation; its exceptions are those of calls that it does not accept."""
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            self.window_strides,
+            self.padding,
+            lhs_dilation=self.lhs_dilation,
+            rhs_dilation=self.rhs_dilation,
+            dimension_numbers=self.dimension_numbers,
+            feature_group_count=self.feature_group_count,
+            batch_group_count=self.batch_group_count,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            out_sharding=self.out_sharding,
+        )
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """The convolution, differentiable in both modes."""
+        route = self.route
+        if route is None:
+            return self.lax(lhs, rhs)
+        return route.out(primitives.sparse_conv_fwd(route.lhs(lhs), route.rhs(rhs), spec=route.spec))
+
+
+def _indices(values: Any, default: int, count: int) -> tuple[int, ...] | None:
+    """``values`` as ``count`` integers; None if they are not that."""
+    if values is None:
+        return (default,) * count
+    try:
+        items = tuple(operator.index(v) for v in values)
+    except TypeError:
+        return None
+    return items if len(items) == count else None
+
+
+def _precision(precision: Any) -> tuple[bool, Any]:
+    """(True, hashable form) if ``precision`` is one that float32 accumulation satisfies."""
+    try:
+        if isinstance(precision, (tuple, list)):
+            return len(precision) == 2, tuple(None if p is None else lax.Precision(p) for p in precision)
+        return True, None if precision is None else lax.Precision(precision)
+    except ValueError:
+        return False, None
+
+
+def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
+    """The way of ``call`` to the sparse kernels, or the reason why it has none.
+
+    Whatever is wrong with the arguments counts as a reason too: ``jax.lax`` then raises its own exception.
+    """
+    spatial = lhs.ndim - 2
+    if spatial not in (1, 2) or rhs.ndim != lhs.ndim:
+        return f"sparse kernels are for 1 or 2 spatial dimensions, lhs has {spatial}, rhs {rhs.ndim - 2}"
+    if lhs.dtype != rhs.dtype or lhs.dtype not in _DTYPES:
+        return f"sparse kernels are for float32, bfloat16 and float16, lhs is {lhs.dtype}, rhs {rhs.dtype}"
+    dtype = lhs.dtype
+    if call.preferred_element_type is not None:
+        preferred = jnp.dtype(call.preferred_element_type)
+        if preferred not in (dtype, jnp.dtype(jnp.float32)):
+            return f"sparse kernels do not return preferred_element_type={preferred} for {dtype}"
+        dtype = preferred
+    for name in ("feature_group_count", "batch_group_count"):
+        if getattr(call, name) != 1:
+            return f"{name} is {getattr(call, name)}, sparse kernels are for 1"
+    for name in ("lhs_dilation", "rhs_dilation"):
+        if _indices(getattr(call, name), 1, spatial) != (1,) * spatial:
+            return f"{name} is {getattr(call, name)}, sparse kernels are for 1"
+    strides = _indices(call.window_strides, 1, spatial)
+    if call.window_strides is None or strides is None or any(s < 1 for s in strides):
+        return f"window_strides {call.window_strides} are not {spatial} positive integers"
+    known, precision = _precision(call.precision)
+    if not known:
+        return f"precision {call.precision!r} is not one of lax.Precision's"
+    if call.out_sharding is not None:
+        return "out_sharding is given"
+    try:
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, call.dimension_numbers)
+        lhs_spec, rhs_spec, out_spec = (tuple(map(operator.index, axes)) for axes in numbers)
+    except (TypeError, ValueError) as error:
+        return f"dimension_numbers: {error}"
+    lhs_axes = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+    rhs_axes = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+    out_axes = tuple(np.argsort((out_spec[0], *out_spec[2:], out_spec[1])).tolist())
+    lhs_shape = tuple(lhs.shape[a] for a in lhs_axes)
+    rhs_shape = tuple(rhs.shape[a] for a in rhs_axes)
+    size, window = lhs_shape[1:-1], rhs_shape[:-2]
+    if not all(isinstance(d, int) for d in (*size, *rhs_shape, lhs_shape[-1])):
+        return "only the batch may have a symbolic size"
+    if lhs_shape[-1] != rhs_shape[-2]:
+        return f"lhs has {lhs_shape[-1]} features, rhs takes {rhs_shape[-2]}"
+    if any(w < 1 for w in window):
+        return f"kernel size {window} is not positive"
+    try:
+        if isinstance(call.padding, str):
+            padding = tuple(lax.padtype_to_pads(size, window, strides, call.padding))
+        else:
+            padding = tuple((operator.index(low), operator.index(high)) for low, high in call.padding)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"padding: {error}"
+    if len(padding) != spatial or any(p < 0 for pair in padding for p in pair):
+        return f"padding {call.padding} is not {spatial} pairs of non-negative integers"
+    if spatial == 1:  # one row, seen by a kernel of one row
+        size, window, strides, padding = (1, *size), (1, *window), (1, *strides), ((0, 0), *padding)
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    return _Route(
+        ConvSpec(size, window, strides, pads, mode, precision),
+        lhs_axes,
+        rhs_axes,
+        out_axes,
+        dtype,  # type: ignore[arg-type]
+    )
+
+
+def _plan(lhs: Any, rhs: Any, mode: str, **arguments: Any) -> _Call:
+    """The call with its route.
+
+    Raises:
+      ValueError: for an unknown mode, and for ``"sparse"`` without sparse kernels.
+    """
+    _check_mode(mode)
+    call = _Call(**arguments)
+    route = _route(call, lhs, rhs, mode)
+    if isinstance(route, _Route):
+        return _Call(**arguments, route=route)
+    if mode == "sparse":
+        raise ValueError(
+            f"mode='sparse' needs a convolution with sparse kernels: {route}; accepted here: 'auto', 'dense'"
+        )
+    return _Call(**arguments, reason=route)
+
+
+def _check_mode(mode: Any) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+
+
+def _array(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reverse first: where relu_input changes what the input's gradient is
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reverse_first(call: _Call, relu_input: bool, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return call(lhs, rhs)
+
+
+def _reverse_first_fwd(
+    call: _Call, relu_input: bool, lhs: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return call(lhs, rhs), (lhs, rhs)
+
+
+def _reverse_first_bwd(
+    call: _Call, relu_input: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    lhs, rhs = saved
+    (drhs,) = jax.linear_transpose(lambda rhs: call(lhs, rhs), rhs)(g)
+    route = call.route
+    if route is None or not relu_input:
+        (dlhs,) = jax.linear_transpose(lambda lhs: call(lhs, rhs), lhs)(g)
+        return (primitives.where_active(lhs, dlhs) if relu_input else dlhs), drhs
+    out = jax.ShapeDtypeStruct(
+        (lhs.shape[route.lhs_axes[0]], *route.spec.output_size, route.rhs(rhs).shape[-1]), g.dtype
+    )
+    (g,) = jax.linear_transpose(route.out, out)(g)
+    dlhs = primitives.sparse_conv_bwd_input_masked(g, route.rhs(rhs), route.lhs(lhs), spec=route.spec)
+    return jax.linear_transpose(route.lhs, lhs)(dlhs)[0], drhs
+
+
+_reverse_first.defvjp(_reverse_first_fwd, _reverse_first_bwd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public functions
+
+
+def sparse_conv(
+    lhs: Any,
+    rhs: Any,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+    input_dilation: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    relu_input: bool = False,
+    mode: str = "auto",
+) -> jax.Array:
+    """Convolution, channels last, that skips the zeros of its input, and in its gradients those of either operand.
+
+    Equal to ``jax.lax.conv_general_dilated`` with ``dimension_numbers=("NHWC", "HWIO", "NHWC")`` but for the order of
+    summation, and for zeros times Inf or NaN, which may count as 0 or as NaN. Subnormal numbers count as zero.
+
+    Differentiable in reverse mode to any order, and in forward mode over a reverse-mode gradient (a Hessian-vector
+    product). For ``jax.jvp``, ``jax.jacfwd`` and ``jax.linearize`` of the convolution itself use
+    :func:`conv_general_dilated`.
+
+    Args:
+      lhs: input, ``(batch, *spatial, in_features)``; 1 to 3 spatial dimensions.
+      rhs: kernel, ``(*window, in_features // feature_group_count, features)``, of the dtype of ``lhs``.
+      strides: window strides, an integer or one per spatial dimension.
+      padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, an integer for all sides, or per spatial dimension an integer
+        or a (low, high) pair.
+      input_dilation: dilation of ``lhs``; other than 1 is computed by ``jax.lax``.
+      kernel_dilation: dilation of ``rhs``; other than 1 is computed by ``jax.lax``.
+      feature_group_count: number of feature groups; other than 1 is computed by ``jax.lax``.
+      precision: as in ``jax.lax``. The sparse kernels always multiply and accumulate in float32.
+      preferred_element_type: dtype of the result, as in ``jax.lax``.
+      relu_input: a promise that wherever ``lhs`` is zero its gradient will be discarded, as it is when ``lhs`` comes
+        out of a ReLU. The gradient for ``lhs`` is then exactly zero there, and the work for it is skipped.
+      mode: ``"auto"`` measures the zeros of each call and picks; ``"sparse"`` and ``"dense"`` force.
+
+    Returns:
+      The convolution, ``(batch, *spatial, features)``.
+
+    Raises:
+      TypeError: for operands of different dtypes, or arguments of a wrong type.
+      ValueError: for wrong ranks, sizes or values, and for ``mode="sparse"`` where there are no sparse kernels.
+    """
+    lhs, rhs, call = _sparse_conv_call(
+        lhs,
+        rhs,
+        strides=strides,
+        padding=padding,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        mode=mode,
+    )
+    return _reverse_first(call, bool(relu_input), *_compat.auto_match(lhs, rhs))
+
+
+def _sparse_conv_call(
+    lhs: Any,
+    rhs: Any,
+    *,
+    strides: Any = 1,
+    padding: Any = "SAME",
+    input_dilation: Any = 1,
+    kernel_dilation: Any = 1,
+    feature_group_count: Any = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    relu_input: bool = False,
+    mode: str = "auto",
+) -> tuple[Any, Any, _Call]:
+    """Checked operands and the call of :func:`sparse_conv`'s arguments."""
+    _check_mode(mode)
+    if not isinstance(lhs, jax.ShapeDtypeStruct):
+        lhs = _array(lhs)
+    if not isinstance(rhs, jax.ShapeDtypeStruct):
+        rhs = _array(rhs)
+    if lhs.ndim not in (3, 4, 5):
+        raise ValueError(f"lhs must have rank 3, 4 or 5, (batch, *spatial, features), got shape {lhs.shape}")
+    if rhs.ndim != lhs.ndim:
+        raise ValueError(
+            f"rhs must have the rank of lhs, (*window, in_features, features), got shape {rhs.shape} for lhs {lhs.shape}"
+        )
+    if lhs.dtype != rhs.dtype:
+        raise TypeError(f"lhs and rhs must have one dtype, got {lhs.dtype} and {rhs.dtype}; cast one with .astype")
+    rank = lhs.ndim - 2
+    try:
+        groups = operator.index(feature_group_count)
+    except TypeError:
+        raise TypeError(f"feature_group_count must be a positive integer, got {feature_group_count!r}") from None
+    if groups < 1:
+        raise ValueError(f"feature_group_count must be a positive integer, got {groups}")
+    if lhs.shape[-1] % groups or rhs.shape[-1] % groups:
+        raise ValueError(
+            f"feature_group_count must divide the features of lhs and rhs, got {groups} for {lhs.shape[-1]} and {rhs.shape[-1]}"
+        )
+    if lhs.shape[-1] // groups != rhs.shape[-2]:
+        raise ValueError(
+            f"rhs must take lhs's {lhs.shape[-1]} features"
+            + (f" divided by feature_group_count={groups}" if groups > 1 else "")
+            + f" in its second to last dimension, got rhs shape {rhs.shape} for lhs shape {lhs.shape}"
+        )
+    if any(size < 1 for size in rhs.shape[:-2]):
+        raise ValueError(f"rhs must have a kernel size of at least 1 everywhere, got shape {rhs.shape}")
+    pads = padding_pairs(padding, rank)
+    dilation = per_axis("input_dilation", input_dilation, rank)
+    if isinstance(pads, str) and any(d != 1 for d in dilation):
+        raise ValueError(f"padding must be explicit (low, high) pairs with input_dilation {dilation}, got {padding!r}")
+    letters = "HWD"[:rank] if rank != 3 else "DHW"
+    call = _plan(
+        lhs,
+        rhs,
+        mode,
+        window_strides=per_axis("strides", strides, rank),
+        padding=pads,
+        lhs_dilation=dilation,
+        rhs_dilation=per_axis("kernel_dilation", kernel_dilation, rank),
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        feature_group_count=groups,
+        batch_group_count=1,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=None,
+    )
+    return lhs, rhs, call
+
+
+def conv_general_dilated(
+    lhs: Any,
+    rhs: Any,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """``jax.lax.conv_general_dilated``, with sparse kernels where they apply and ``jax.lax`` itself elsewhere.
+
+    Signature, semantics, dtypes and exceptions are those of the stock function; zeros times Inf or NaN may count as 0
+    or as NaN. Differentiable in both modes and any nesting of them.
+
+    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation, negative padding and ``out_sharding``, in
+    float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to that
+    and back. :func:`explain` tells which path a call takes.
+    """
+    return ConvHook()(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
+        preferred_element_type,
+        out_sharding,
+    )
+
+
+@dataclass(frozen=True)
+class ConvHook:
+    """A function with ``jax.lax.conv_general_dilated``'s signature, with ``relu_input`` and ``mode`` of its own.
+
+    What ``SparseConv`` hands to Flax's layers. Hooks with equal attributes compare and hash equal, so that they do not
+    make ``nnx.jit`` trace again.
+    """
+
+    relu_input: bool = False
+    mode: str = "auto"
+
+    def __call__(
+        self,
+        lhs: Any,
+        rhs: Any,
+        window_strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """See :func:`conv_general_dilated`; with ``relu_input``, see :func:`sparse_conv`."""
+        lhs, rhs = _array(lhs), _array(rhs)
+        call = _plan(
+            lhs,
+            rhs,
+            self.mode,
+            window_strides=_frozen(window_strides),
+            padding=_frozen(padding),
+            lhs_dilation=_frozen(lhs_dilation),
+            rhs_dilation=_frozen(rhs_dilation),
+            dimension_numbers=_frozen(dimension_numbers),
+            feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count,
+            precision=_frozen(precision),
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+        if self.relu_input:
+            return _reverse_first(call, True, *_compat.auto_match(lhs, rhs))
+        return call(lhs, rhs)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, so that calls can be hashed; named tuples stay what they are."""
+    if isinstance(value, list) or type(value) is tuple:
+        return tuple(map(_frozen, value))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Explanation
+
+
+@dataclass(frozen=True)
+class Component:
+    """How one of ``fwd``, ``bwd_input`` and ``bwd_weights`` is computed.
+
+    Attributes:
+      path: ``"sparse"``, ``"dense"`` (our kernels, zeros included) or ``"lax"``.
+      reason: why.
+      plan: what the compiled plan says of this shape; empty for ``"lax"``.
+    """
+
+    path: str
+    reason: str
+    plan: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        details = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.plan.items()
+        )
+        return f"{self.path}: {self.reason}" + (f" [{details}]" if details else "")
+
+
+class Explanation(dict[str, Component]):
+    """``{"fwd": ..., "bwd_input": ..., "bwd_weights": ...}``; ``str()`` of it is a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<12} {component}" for name, component in self.items())
+
+
+def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: Any) -> Explanation:
+    """Which path :func:`sparse_conv` takes for these arguments, for each component, and why. Computes nothing.
+
+    Args:
+      lhs: array or ``jax.ShapeDtypeStruct``, as for :func:`sparse_conv`.
+      rhs: likewise.
+      density: fraction of non-zeros, 0 to 1, of the operand whose zeros are skipped; ``mode="auto"`` decides by it.
+      **arguments: :func:`sparse_conv`'s.
+
+    Returns:
+      A dictionary of :class:`Component` with the keys ``"fwd"``, ``"bwd_input"`` and ``"bwd_weights"``.
+
+    Raises:
+      TypeError, ValueError: as :func:`sparse_conv`, and for a density outside 0 to 1.
+    """
+    if density is not None and not 0 <= density <= 1:
+        raise ValueError(f"density must be a fraction of non-zeros from 0 to 1, got {density}")
+    lhs, rhs, call = _sparse_conv_call(lhs, rhs, **arguments)
+    names = ("fwd", "bwd_input", "bwd_weights")
+    if call.route is None:
+        return Explanation({name: Component("lax", call.reason, {}) for name in names})
+    spec, route = call.route.spec, call.route
+    batch, features = lhs.shape[route.lhs_axes[0]], (rhs.shape[a] for a in route.rhs_axes[-2:])
+    dims = [batch, *spec.input_size, *features, *spec.kernel_size]
+    return Explanation({name: _explain(name, spec, dims, density) for name in names})
+
+
+def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
+    if 0 in (*dims, *spec.output_size):
+        return Component("dense", "an empty array: the result is zeros", {})
+    plan = native.plan(f"conv_{name}", dims, list(spec.geometry))
+    if spec.mode != "auto":
+        return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
+    limit = float(plan.get("break_even_density", 1.0))
+    skipped = {"fwd": "the input", "bwd_input": "the output's gradient", "bwd_weights": "the cheaper operand"}[name]
+    if density is None:
+        path = "sparse" if limit > 0 else "dense"
+        return Component(
+            path, f"each call measures {skipped}: sparse below a density of {limit:.2f}, dense above", plan
+        )
+    path = "sparse" if density <= limit else "dense"
+    return Component(path, f"density {density:.2f} of {skipped}, sparse pays up to {limit:.2f}", plan)

@@ -1,0 +1,77 @@
+"""The compiled module: loading it, registering its FFI targets with XLA, and choosing the instruction set.
+
+``SPARSETRAIN_ISA`` is read when this module is first imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+try:
+    from . import _native
+except ImportError as error:
+    raise ImportError(
+        "sparsetrain_jax: the compiled module sparsetrain_jax._native cannot be loaded "
+        f"({error}). Build it by installing the package: pip install ."
+    ) from error
+
+__all__ = ["TARGETS", "available_isas", "counters", "isa", "plan", "reset_counters", "set_isa"]
+
+_registrations = _native.registrations()
+
+#: Names of the FFI targets that the compiled module offers; together with their attributes a versioned interface.
+TARGETS = frozenset(_registrations)
+
+for _name, _handler in _registrations.items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="cpu", api_version=1)
+
+
+def isa() -> str:
+    """The instruction set whose kernels run: ``"avx512"``, ``"avx2"`` or ``"portable"``."""
+    return _native.isa()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this machine and its operating system can run, the best first."""
+    return list(_native.available_isas())
+
+
+def set_isa(name: str) -> None:
+    """Make the kernels of instruction set ``name`` run from now on, in every thread. For tests.
+
+    Raises:
+      ValueError: if ``name`` is unknown or this machine cannot run it.
+    """
+    _native.set_isa(name)
+
+
+def counters() -> dict[str, int]:
+    """How often each path ran since :func:`reset_counters`: ``{"conv_fwd/sparse": 3, ...}``. For tests."""
+    return dict(_native.counters())
+
+
+def reset_counters() -> None:
+    """Set every counter to 0."""
+    _native.reset_counters()
+
+
+def plan(component: str, dims: list[int], geometry: list[int]) -> dict[str, int | float | str]:
+    """What the handler of ``component`` (``"conv_fwd"``, ...) would do for sizes ``[N, H, W, C, K, R, S]``."""
+    return dict(_native.plan(component, dims, geometry))
+
+
+def _apply_environment() -> None:
+    requested = os.environ.get("SPARSETRAIN_ISA", "")
+    if not requested:
+        return
+    try:
+        _native.set_isa(requested)
+    except ValueError as error:
+        raise ValueError(
+            f"SPARSETRAIN_ISA must be one of {', '.join(map(repr, available_isas()))} on this machine, got {requested!r}"
+        ) from error
+
+
+_apply_environment()

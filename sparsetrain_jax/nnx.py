@@ -1,0 +1,67 @@
+"""``SparseConv`` for ``flax.nnx``, and :func:`sparsify` for models that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from flax import nnx
+from jax import lax
+
+from .conv import ConvHook
+
+__all__ = ["SparseConv", "sparsify"]
+
+_M = TypeVar("_M", bound=nnx.Module)
+
+
+class SparseConv(nnx.Conv):
+    """``flax.nnx.Conv`` that skips zeros: same arguments, parameters, initial values and results.
+
+    Args:
+      in_features: number of input features.
+      out_features: number of output features.
+      kernel_size: window, an integer for one spatial dimension or a sequence.
+      strides: window strides.
+      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`. With it the
+        layer differentiates in reverse mode, and in forward mode only over that.
+      mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
+      conv_general_dilated: used instead of ours if given.
+      rngs: random number generators.
+      **arguments: ``nnx.Conv``'s.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        relu_input: bool = False,
+        mode: str = "auto",
+        conv_general_dilated: Callable[..., Any] | None = None,
+        rngs: nnx.Rngs,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            conv_general_dilated=conv_general_dilated or ConvHook(relu_input, mode),
+            rngs=rngs,
+            **arguments,
+        )
+
+
+def sparsify(model: _M) -> _M:
+    """Make every ``nnx.Conv`` in ``model`` skip zeros, in place, and return ``model``.
+
+    Parameters stay as they are. ``relu_input`` stays False: nothing is known of what the layers are fed with. Layers
+    whose ``conv_general_dilated`` was supplied by the user keep it.
+    """
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Conv) and node.conv_general_dilated is lax.conv_general_dilated:
+            node.conv_general_dilated = ConvHook()
+    return model

@@ -1,0 +1,356 @@
+"""The convolution and its gradients as JAX primitives, all made by one factory.
+
+=================================  ================================  ===============
+primitive                          operands                          result
+=================================  ================================  ===============
+``sparse_conv_fwd``                lhs ``NHWC``, rhs ``RSCK``        out ``NPQK``
+``sparse_conv_bwd_input``          g ``NPQK``, rhs ``RSCK``          dlhs ``NHWC``
+``sparse_conv_bwd_weights``        lhs ``NHWC``, g ``NPQK``          drhs ``RSCK``
+``sparse_conv_bwd_input_masked``   g, rhs, x ``NHWC``                dlhs, 0 where x is
+=================================  ================================  ===============
+
+All operands of a call have one dtype, which the result has too: float32, bfloat16 or float16 (accumulated in float32).
+The only parameter is ``spec``, a :class:`~sparsetrain_jax.shapes.ConvSpec`. The first three are bilinear and transpose
+into each other; the last is linear in its first two operands and has no gradient for the third. Differentiation in both
+modes and to any order follows from that.
+
+Everything else is read off the letters of the table: shapes, how a batched operand folds into N, C or K, and how a call
+is partitioned over devices. On the CPU a primitive lowers to a custom call, elsewhere to ``jax.lax``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import _compat, native
+from .shapes import MODES, ConvSpec
+
+__all__ = [
+    "sparse_conv_bwd_input",
+    "sparse_conv_bwd_input_masked",
+    "sparse_conv_bwd_weights",
+    "sparse_conv_fwd",
+    "where_active",
+]
+
+_FEATURES = "NCK"  # the letters along which calls batch and partition; the others hold the window's geometry
+_DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def _lax_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    return lax.conv_general_dilated(
+        lhs, rhs, spec.strides, spec.padding, dimension_numbers=_DIMENSION_NUMBERS, precision=spec.precision
+    )
+
+
+def _lax_bwd_input(g: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    lhs = jax.ShapeDtypeStruct((g.shape[0], *spec.input_size, rhs.shape[2]), g.dtype)
+    return jax.linear_transpose(lambda lhs: _lax_fwd(lhs, rhs, spec=spec), lhs)(g)[0]
+
+
+def _lax_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    rhs = jax.ShapeDtypeStruct((*spec.kernel_size, lhs.shape[3], g.shape[3]), g.dtype)
+    return jax.linear_transpose(lambda rhs: _lax_fwd(lhs, rhs, spec=spec), rhs)(g)[0]
+
+
+def _lax_bwd_input_masked(g: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    return where_active(x, _lax_bwd_input(g, rhs, spec=spec))
+
+
+def where_active(x: jax.Array, value: jax.Array) -> jax.Array:
+    """``value`` where ``x`` is not zero, exactly 0 elsewhere, whatever ``value`` is there."""
+    return lax.select(x != 0, value, jnp.zeros_like(value))
+
+
+@dataclass(frozen=True)
+class _Component:
+    """One row of the module's table.
+
+    Attributes:
+      name: the primitive's name.
+      target: the custom call's name.
+      operands: one string of dimension letters per operand.
+      result: the letters of the result.
+      reference: the same function in terms of ``jax.lax``.
+    """
+
+    name: str
+    target: str
+    operands: tuple[str, ...]
+    result: str
+    reference: Callable[..., jax.Array]
+
+    @property
+    def contracted(self) -> str:
+        """The feature letter that is summed over."""
+        (letter,) = (f for f in _FEATURES if f not in self.result)
+        return letter
+
+    def sizes(self, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Size of every letter.
+
+        Raises:
+          ValueError: if the operands' shapes contradict each other or the spec.
+        """
+        sizes = dict(spec.sizes())
+        for letters, shape in zip(self.operands, shapes, strict=True):
+            given = dict(zip(letters, shape, strict=True)) if len(letters) == len(shape) else {}
+            if not given or any(sizes.setdefault(letter, size) != size for letter, size in given.items()):
+                raise ValueError(
+                    f"{self.name}: operands {', '.join(self.operands)} of {spec} cannot have shapes {shapes}"
+                )
+        return sizes
+
+    def result_shape(self, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        sizes = self.sizes(spec, shapes)
+        return tuple(sizes[letter] for letter in self.result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Abstract evaluation
+
+
+def _dtype_rule(component: _Component, *avals: Any, spec: ConvSpec) -> Any:
+    dtypes = {np.dtype(aval.dtype) for aval in avals}
+    if len(dtypes) != 1:
+        raise TypeError(
+            f"{component.name}: operands must have one dtype, got {', '.join(map(str, sorted(dtypes, key=str)))}"
+        )
+    return avals[0].dtype
+
+
+def _sharding_rule(component: _Component, *avals: Any, spec: ConvSpec) -> NamedSharding:
+    """Explicit mesh axes of the result: each of its feature letters is sharded as in the operand that has it."""
+    axes: dict[str, Any] = {}
+    for letters, aval in zip(component.operands, avals, strict=True):
+        for letter, axis in zip(letters, aval.sharding.spec, strict=True):
+            if axis is not None and letter not in _FEATURES:
+                raise _sharding_error(f"{component.name} cannot keep a spatial dimension sharded: {letters} is {aval}")
+            if axis is not None and axes.setdefault(letter, axis) != axis:
+                raise _sharding_error(f"{component.name}: operands shard {letter} differently: {axes[letter]}, {axis}")
+    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
+    return NamedSharding(mesh, PartitionSpec(*(axes.get(letter) for letter in component.result)))
+
+
+def _sharding_error(message: str) -> Exception:
+    return _compat.ShardingTypeError(f"{message}. Reshard with jax.sharding.reshard first.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batching
+
+
+def _batch(component: _Component, primitive: Any, args: Sequence[Any], dims: Sequence[Any], *, spec: ConvSpec) -> Any:
+    """One call with the batch folded into N, C or K where one letter belongs to just the batched operands; else a loop."""
+    batched = [dim is not None for dim in dims]
+    for letter in _FEATURES:
+        if letter in component.result and all(
+            (letter in letters) == is_batched for letters, is_batched in zip(component.operands, batched, strict=True)
+        ):
+            folded = [
+                _fold(arg, dim, letters.index(letter)) if is_batched else arg
+                for arg, dim, letters, is_batched in zip(args, dims, component.operands, batched, strict=True)
+            ]
+            size = next(arg.shape[dim] for arg, dim, is_batched in zip(args, dims, batched, strict=True) if is_batched)
+            axis = component.result.index(letter)
+            out = primitive.bind(*folded, spec=spec)
+            return out.reshape(*out.shape[:axis], size, out.shape[axis] // max(size, 1), *out.shape[axis + 1 :]), axis
+
+    mapped = [jnp.moveaxis(arg, dim, 0) for arg, dim, is_batched in zip(args, dims, batched, strict=True) if is_batched]
+
+    def one(slices: Sequence[jax.Array]) -> jax.Array:
+        rest = iter(slices)
+        return primitive.bind(
+            *(next(rest) if is_batched else arg for arg, is_batched in zip(args, batched, strict=True)), spec=spec
+        )
+
+    return lax.map(one, mapped), 0
+
+
+def _fold(arg: jax.Array, batch_dim: int, axis: int) -> jax.Array:
+    """``arg`` with its batch dimension merged, as the major part, into ``axis`` (counted without the batch)."""
+    arg = jnp.moveaxis(arg, batch_dim, axis)
+    return arg.reshape(*arg.shape[:axis], arg.shape[axis] * arg.shape[axis + 1], *arg.shape[axis + 2 :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lowering
+
+
+def _call_native(component: _Component, *operands: jax.Array, spec: ConvSpec) -> jax.Array:
+    """The custom call, for the shapes that one device sees."""
+    shape = component.result_shape(spec, [operand.shape for operand in operands])
+    dtype = operands[0].dtype
+    if any(isinstance(d, int) and d == 0 for d in (*shape, *(d for operand in operands for d in operand.shape))):
+        return jnp.zeros(shape, dtype)  # nothing to add up, or nothing to write
+    if component.target not in native.TARGETS:
+        return component.reference(*operands, spec=spec)
+    call = jax.ffi.ffi_call(component.target, jax.ShapeDtypeStruct(shape, jnp.float32))
+    # The one seam between narrow dtypes and the handlers, which compute in float32.
+    wide = [operand.astype(jnp.float32) for operand in operands]
+    out = call(*wide, geometry=np.array(spec.geometry, np.int64), mode=np.int64(MODES.index(spec.mode)))
+    return out.astype(dtype)
+
+
+def _partitioned(component: _Component) -> Any:
+    """The custom call as a function that XLA's partitioner splits along N, C and K instead of gathering its operands."""
+    position = len(component.operands)
+
+    def axes_by_letter(shapes: Sequence[Any], result: Any) -> dict[str, tuple[str, ...]]:
+        """Mesh axes of each feature letter: the first operand that shards it decides, then the result."""
+        chosen: dict[str, tuple[str, ...]] = {}
+        for letters, value in (*zip(component.operands, shapes, strict=True), (component.result, result)):
+            sharding = value.sharding
+            if not isinstance(sharding, NamedSharding):
+                continue
+            for letter, size, axis in zip(letters, value.shape, sharding.spec, strict=False):
+                axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+                taken = {a for other in chosen.values() for a in other}
+                ways = int(np.prod([sharding.mesh.shape[a] for a in axes], dtype=int))
+                # A letter that is summed over must not be padded, and a device without work gains nothing.
+                if letter in _FEATURES and letter not in chosen and axes and not taken & set(axes) and size % ways == 0:
+                    chosen[letter] = axes
+        return chosen
+
+    def partition(spec: ConvSpec, mesh: Any, shapes: Sequence[Any], result: Any) -> Any:
+        chosen = axes_by_letter(shapes, result)
+
+        def sharding(letters: str) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*(chosen.get(letter) for letter in letters)))
+
+        def local(*operands: jax.Array) -> jax.Array:
+            out = _call_native(component, *operands, spec=spec)
+            reduced = chosen.get(component.contracted)
+            return lax.psum(out, reduced) if reduced else out
+
+        return mesh, local, sharding(component.result), tuple(sharding(letters) for letters in component.operands)
+
+    def infer(spec: ConvSpec, mesh: Any, shapes: Sequence[Any], result: Any) -> NamedSharding:
+        chosen = axes_by_letter(shapes, result)
+        return NamedSharding(mesh, PartitionSpec(*(chosen.get(letter) for letter in component.result)))
+
+    def whole(*args: Any) -> jax.Array:
+        return _call_native(component, *args[:position], spec=args[position])
+
+    call = custom_partitioning(whole, static_argnums=(position,))
+    call.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=", ".join(" ".join(letters.lower()) for letters in component.operands)
+        + " -> "
+        + " ".join(component.result.lower()),
+        reduction_factors=(component.contracted.lower(),),
+        need_replication_factors=tuple(
+            f.lower() for f in "HWRSPQ" if any(f in letters for letters in (*component.operands, component.result))
+        ),
+    )
+    return call
+
+
+def _make_primitive(component: _Component) -> Any:
+    primitive = _compat.standard_primitive(
+        component.name,
+        lambda *avals, spec: component.result_shape(spec, [aval.shape for aval in avals]),
+        functools.partial(_dtype_rule, component),
+        functools.partial(_sharding_rule, component),
+    )
+    partitioned = _partitioned(component)
+    whole = mlir.lower_fun(functools.partial(_call_native, component), multiple_results=False)
+    shared = mlir.lower_fun(lambda *operands, spec: partitioned(*operands, spec), multiple_results=False)
+
+    def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
+        return (whole if _compat.is_single_device(ctx) else shared)(ctx, *operands, spec=spec)
+
+    mlir.register_lowering(primitive, mlir.lower_fun(component.reference, multiple_results=False))
+    mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+    batching.primitive_batchers[primitive] = functools.partial(_batch, component, primitive)
+    _compat.needs_devices(primitive)
+    return primitive
+
+
+_fwd_p = _make_primitive(_Component("sparse_conv_fwd", "sparsetrain_conv_fwd_v1", ("NHWC", "RSCK"), "NPQK", _lax_fwd))
+_bwd_input_p = _make_primitive(
+    _Component("sparse_conv_bwd_input", "sparsetrain_conv_bwd_input_v1", ("NPQK", "RSCK"), "NHWC", _lax_bwd_input)
+)
+_bwd_weights_p = _make_primitive(
+    _Component("sparse_conv_bwd_weights", "sparsetrain_conv_bwd_weights_v1", ("NHWC", "NPQK"), "RSCK", _lax_bwd_weights)
+)
+_bwd_input_masked_p = _make_primitive(
+    _Component(
+        "sparse_conv_bwd_input_masked",
+        "sparsetrain_conv_bwd_input_masked_v1",
+        ("NPQK", "RSCK", "NHWC"),
+        "NHWC",
+        _lax_bwd_input_masked,
+    )
+)
+
+
+def sparse_conv_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    """Convolution of lhs ``NHWC`` with rhs ``RSCK``; the result is ``NPQK``. Zeros of lhs are skipped."""
+    return _fwd_p.bind(*_compat.auto_match(lhs, rhs), spec=spec)
+
+
+def sparse_conv_bwd_input(g: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    """Gradient ``NHWC`` for the input from that of the output, g ``NPQK``, and rhs ``RSCK``. Zeros of g are skipped."""
+    return _bwd_input_p.bind(*_compat.auto_match(g, rhs), spec=spec)
+
+
+def sparse_conv_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    """Gradient ``RSCK`` for the kernel from lhs ``NHWC`` and g ``NPQK``. Zeros of the cheaper of the two are skipped."""
+    return _bwd_weights_p.bind(*_compat.auto_match(lhs, g), spec=spec)
+
+
+def sparse_conv_bwd_input_masked(g: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    """Like :func:`sparse_conv_bwd_input`, but only where ``x`` ``NHWC`` is not zero; exactly 0 elsewhere."""
+    return _bwd_input_masked_p.bind(*_compat.auto_match(g, rhs, x), spec=spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differentiation: the three bilinear maps are transposes of each other. Argument names: ct is the cotangent of the
+# result; the operand that is asked for is only known by its abstract value.
+
+ad.defbilinear(
+    _fwd_p,
+    lambda ct, lhs, rhs, *, spec: sparse_conv_bwd_input(ct, rhs, spec=spec),
+    lambda ct, lhs, rhs, *, spec: sparse_conv_bwd_weights(lhs, ct, spec=spec),
+)
+ad.defbilinear(
+    _bwd_input_p,
+    lambda ct, g, rhs, *, spec: sparse_conv_fwd(ct, rhs, spec=spec),
+    lambda ct, g, rhs, *, spec: sparse_conv_bwd_weights(ct, g, spec=spec),
+)
+ad.defbilinear(
+    _bwd_weights_p,
+    lambda ct, lhs, g, *, spec: sparse_conv_bwd_input(g, ct, spec=spec),
+    lambda ct, lhs, g, *, spec: sparse_conv_fwd(lhs, ct, spec=spec),
+)
+ad.defjvp(
+    _bwd_input_masked_p,
+    lambda tangent, g, rhs, x, *, spec: sparse_conv_bwd_input_masked(tangent, rhs, x, spec=spec),
+    lambda tangent, g, rhs, x, *, spec: sparse_conv_bwd_input_masked(g, tangent, x, spec=spec),
+    None,
+)
+
+
+def _transpose_masked(ct: Any, g: Any, rhs: Any, x: Any, *, spec: ConvSpec) -> tuple[Any, Any, None]:
+    if type(ct) is ad.Zero:
+        return None, None, None
+    ct = where_active(x, ct)
+    if ad.is_undefined_primal(g):
+        return sparse_conv_fwd(ct, rhs, spec=spec), None, None
+    return None, sparse_conv_bwd_weights(ct, g, spec=spec), None
+
+
+ad.primitive_transposes[_bwd_input_masked_p] = _transpose_masked

@@ -1,0 +1,142 @@
+"""Shapes of a two-dimensional convolution and of its two gradients.
+
+Nothing here touches arrays: every function maps shapes and arguments to shapes, or to the reason why a convolution is
+not one that the sparse kernels compute.
+
+Letters used throughout the package, one per dimension:
+
+====  =======================================  ====  ==========================
+N     batch                                    K     output features
+H, W  spatial size of the input (lhs)          P, Q  spatial size of the output
+R, S  spatial size of the kernel (rhs)         C     input features
+====  =======================================  ====  ==========================
+
+lhs is ``NHWC``, the kernel (rhs) is ``RSCK`` (what Flax calls HWIO), the output and its gradient are ``NPQK``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["MODES", "ConvSpec", "output_size", "padding_pairs", "per_axis"]
+
+#: Accepted values of ``mode``, in the order of their numbers in the custom calls' ``mode`` attribute.
+MODES = ("auto", "sparse", "dense")
+
+#: Accepted padding strings; those of ``jax.lax.conv_general_dilated``.
+PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
+
+def output_size(size: int, window: int, stride: int, padding: tuple[int, int]) -> int:
+    """Number of positions of a window: 0 when the window is larger than the padded input."""
+    return max(0, (size + padding[0] + padding[1] - window) // stride + 1)
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Everything about a convolution but its batch and feature sizes; the only parameter of the primitives.
+
+    The same object serves the forward pass and both gradients, so that transposing one into another leaves it alone.
+
+    Attributes:
+      input_size: (H, W).
+      kernel_size: (R, S), each at least 1.
+      strides: window strides (rows, columns), each at least 1.
+      padding: zeros added ((top, bottom), (left, right)), none negative.
+      mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
+      precision: what ``jax.lax`` is told on platforms without kernels of ours; the kernels accumulate in float32.
+    """
+
+    input_size: tuple[int, int]
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    mode: str = "auto"
+    precision: Any = None
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(P, Q)."""
+        rows, cols = (
+            output_size(size, window, stride, pad)
+            for size, window, stride, pad in zip(
+                self.input_size, self.kernel_size, self.strides, self.padding, strict=True
+            )
+        )
+        return rows, cols
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """The custom calls' ``geometry`` attribute: strides, then padding top, bottom, left, right."""
+        return (*self.strides, *self.padding[0], *self.padding[1])
+
+    def sizes(self, **features: int) -> Mapping[str, int]:
+        """Size of each dimension letter; ``features`` gives those that are known of N, C and K."""
+        fixed = zip("HWRSPQ", (*self.input_size, *self.kernel_size, *self.output_size), strict=True)
+        return {**dict(fixed), **features}
+
+    def __str__(self) -> str:
+        text = "x".join(map(str, self.kernel_size)) + " on " + "x".join(map(str, self.input_size))
+        if self.strides != (1, 1):
+            text += " strides " + "x".join(map(str, self.strides))
+        if any(map(any, self.padding)):
+            text += f" padding {self.padding}".replace(" (", "(").replace("padding(", "padding (")
+        return text if self.mode == "auto" else f"{text} {self.mode}"
+
+
+def per_axis(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:
+    """``value`` as one integer per spatial axis: an integer is repeated, a sequence must have ``rank`` of them.
+
+    Raises:
+      TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    accepted = f"an integer of at least {minimum} or a sequence of {rank} of them"
+    if value is None:
+        value = 1
+    try:
+        items = (operator.index(value),) * rank
+    except TypeError:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be {accepted}, got {value!r}") from None
+        try:
+            items = tuple(operator.index(v) for v in value)
+        except TypeError:
+            raise TypeError(f"{name} must be {accepted}, got {value!r}") from None
+    if len(items) != rank or any(v < minimum for v in items):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+    return items
+
+
+def padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
+    """``padding`` as one (low, high) pair per spatial axis, or as one of the accepted strings in upper case.
+
+    An integer pads every side alike; a sequence holds, for each axis, an integer or a (low, high) pair. Negative
+    values crop, as in ``jax.lax``.
+
+    Raises:
+      TypeError, ValueError: naming what was given and what is accepted.
+    """
+    accepted = f"one of {', '.join(map(repr, PADDINGS))}, an integer, or a sequence of {rank} integers or (low, high)"
+    if isinstance(padding, str):
+        if padding.upper() not in PADDINGS:
+            raise ValueError(f"padding must be {accepted} pairs, got {padding!r}")
+        return padding.upper()
+    try:
+        return ((operator.index(padding),) * 2,) * rank
+    except TypeError:
+        pass
+    if not isinstance(padding, Sequence):
+        raise TypeError(f"padding must be {accepted} pairs, got {padding!r}")
+    pairs = []
+    for item in padding:
+        try:
+            low, high = (item, item) if not isinstance(item, Sequence) else item
+            pairs.append((operator.index(low), operator.index(high)))
+        except (TypeError, ValueError):
+            raise ValueError(f"padding must be {accepted} pairs, got {padding!r}") from None
+    if len(pairs) != rank:
+        raise ValueError(f"padding must be {accepted} pairs, got {padding!r}")
+    return tuple(pairs)
