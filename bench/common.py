@@ -190,6 +190,11 @@ class Case:
             return self.g_sparsity
         return max(self.lhs_sparsity, self.g_sparsity)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What `Record.key` of this case's record is."""
+        return self.layer.name, self.batch, self.component, self.lhs_sparsity, self.g_sparsity
+
     def describe(self) -> str:
         return f"{self.component} {self.layer.name} N={self.batch} s={self.skippable:g}"
 
