@@ -1,7 +1,9 @@
 // Which instruction sets this machine has (CPUID and what the operating system saves), and the one in force.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -19,7 +21,10 @@ void set_isa(const std::string& name);      // throws std::invalid_argument, nam
 const Kernels& kernels();                   // of the ISA in force
 const Machine& machine();
 
-// Counters by path, for tests and explain: "conv_fwd/sparse" and so on.
+// How often each path ran, for tests and explain: "conv_fwd/sparse", ... FWD and BWI count tiles, BWW counts calls.
+// `path` must be one of the names in isa.cc.
 void count(const char* path);
+std::vector<std::pair<std::string, int64_t>> counters();
+void reset_counters();
 
 }  // namespace sparsetrain

@@ -26,7 +26,7 @@ struct SweepArgs {
   const float* tile;  // [columns][vectors * lanes], partial sums so far; null: start from zero
   float* out;         // where sums go: the tile again, or the final row
   ptrdiff_t out_pitch;  // floats between columns of out
-  int out_lanes;        // lanes of the last vector that exist in out, 1..lanes
+  int out_features;     // features that exist in out, 1..vectors * lanes
   bool stream;          // out by-passes the caches (64-byte aligned, whole vectors)
 };
 
@@ -51,14 +51,111 @@ struct DataKernels {
   void (*transpose)(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);
 };
 
-struct WeightsKernels;  // kernels_weights_table.h
+// BWW, see kernels_weights.h for the algorithm. The *checked* operand is lhs or g; the other one is the *dense* operand.
+constexpr int kMaxTapRows = 5;     // taps of one walk: a rectangle of the kernel, larger kernels are cut into several
+constexpr int kMaxTapColumns = 7;
+constexpr int kVectorChoices = 4;  // a walk takes 1, 2, 4 or 8 vectors of features, indexed by the logarithm
+
+// Which walks exist: as many accumulators as the registers hold, and no shape that another two replace as well.
+constexpr bool walk_offered(int rows, int columns, int vectors, int registers) {
+  if (rows * columns * vectors > registers - 4) return false;
+  if (rows * columns == 1) return true;
+  if (vectors == 8) return rows * columns == 2;
+  if (vectors == 4) return rows <= 2 && columns <= 3;
+  if (vectors == 2) return rows <= 3 && columns <= 5 && columns >= rows - 1;
+  return columns != 6 && columns >= rows - 1;
+}
+
+// Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
+struct WeightsPackArgs {
+  const float* const* pixels;  // channel 0 of each position; positions without a pixel point to zeros
+  int positions;               // multiple of 64
+  int channels;
+  float* values;  // [channel][value_pitch]; written for channels rounded up to lanes
+  ptrdiff_t value_pitch;
+  uint64_t* masks;  // [channel][positions / 64]
+};
+
+// Copies a row of pixels of the dense operand, `features` of each, to [pixel][width]; the rest of width is zero.
+struct WeightsCopyArgs {
+  const float* from;
+  ptrdiff_t pitch;  // floats between pixels of from
+  int64_t pixels;
+  int features;
+  float* to;
+  int width;  // multiple of lanes
+};
+
+// Where the sums of a walk or tile live between pixel blocks, and where they go after the last one.
+struct WeightsPanel {
+  float* sums;   // [channel][tap][vectors * lanes], 64-byte aligned
+  bool first;    // sums start from zero
+  float* out;    // null: keep them in `sums`; else drhs of channel 0, tap 0
+  ptrdiff_t out_channel, out_row, out_column;  // floats between channels, tap rows and tap columns of out
+  int out_features;                            // of vectors * lanes, how many exist in out
+};
+
+// For every non-zero of every channel: sums[channel][tap] += value * dense[position + tap].
+struct WeightsWalkArgs {
+  const float* values;
+  ptrdiff_t value_pitch;
+  const uint64_t* masks;
+  int words;  // of masks, per channel
+  int channels;
+  bool pairs;          // two channels share the loads of the dense operand where both are non-zero
+  const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
+  ptrdiff_t tap_row;   // positions between rows of taps
+  WeightsPanel panel;
+};
+
+// The same sums without looking for zeros: a register tile of channels x vectors, tap by tap.
+struct WeightsTileArgs {
+  const float* values;  // [channel group][image][row][column][channels of a tile]
+  ptrdiff_t group_pitch;
+  int channels;
+  int images, rows, columns;    // of the block
+  const float* dense;           // as in a walk
+  ptrdiff_t image_pitch, pitch;  // positions between images and between rows
+  int tap_rows, tap_columns;
+  ptrdiff_t tap_row;
+  WeightsPanel panel;
+};
+
+// Copies pixels to the layout that tiles read: groups of `group` channels, pixel by pixel, zero beyond `channels`.
+struct WeightsGroupArgs {
+  const float* const* pixels;
+  int64_t count;
+  int channels;
+  float* values;  // room for one vector beyond the end
+  ptrdiff_t group_pitch;
+};
+
+// Moves one tap of a panel to its place in drhs with channels and features exchanged: out[feature][channel].
+struct WeightsTransposeArgs {
+  const float* sums;  // [channel][channel_pitch]
+  ptrdiff_t channel_pitch;
+  int channels, features;
+  float* out;
+  ptrdiff_t out_pitch;
+};
+
+struct WeightsKernels {
+  int64_t (*count_nonzero)(const float* values, int64_t count);
+  int64_t (*pack)(const WeightsPackArgs&);  // returns the number of non-zeros
+  void (*copy)(const WeightsCopyArgs&);
+  void (*walk[kMaxTapRows + 1][kMaxTapColumns + 1][kVectorChoices])(const WeightsWalkArgs&);  // null: not offered
+  void (*group[kVectorChoices])(const WeightsGroupArgs&);                                     // null beyond 4 vectors
+  void (*tile[kVectorChoices])(const WeightsTileArgs&);
+  int tile_channels[kVectorChoices];
+  void (*transpose)(const WeightsTransposeArgs&);
+};
 
 struct Kernels {
   const char* isa;
   int lanes;
   int registers;
   DataKernels data;
-  const WeightsKernels* weights;
+  WeightsKernels weights;
 };
 
 extern const Kernels kKernelsPortable;

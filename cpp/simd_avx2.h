@@ -72,21 +72,23 @@ struct Avx2 {
   }
   static ST_INLINE void transpose(Vec (&r)[kLanes]) {
     __m256 t[8];
-    ST_UNROLL for (int i = 0; i < 8; i += 2) {
+    unroll<4>([&](auto step) ST_LAMBDA {
+      constexpr int i = 2 * step;
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    ST_UNROLL for (int i = 0; i < 8; i += 4) {
+    });
+    unroll<2>([&](auto step) ST_LAMBDA {
+      constexpr int i = 4 * step;
       r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    ST_UNROLL for (int i = 0; i < 4; ++i) {
+    });
+    unroll<4>([&](auto i) ST_LAMBDA {
       t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
       t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-    }
-    ST_UNROLL for (int i = 0; i < 8; ++i) r[i] = t[i];
+    });
+    unroll<8>([&](auto i) ST_LAMBDA { r[i] = t[i]; });
   }
 
  private:

@@ -42,17 +42,19 @@ struct Avx512 {
   }
   static ST_INLINE void transpose(Vec (&r)[kLanes]) {
     __m512 t[16];
-    ST_UNROLL for (int i = 0; i < 16; i += 2) {
+    unroll<8>([&](auto step) ST_LAMBDA {
+      constexpr int i = 2 * step;
       t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    ST_UNROLL for (int i = 0; i < 16; i += 4) {
+    });
+    unroll<4>([&](auto step) ST_LAMBDA {
+      constexpr int i = 4 * step;
       r[i] = pairs_lo(t[i], t[i + 2]);
       r[i + 1] = pairs_hi(t[i], t[i + 2]);
       r[i + 2] = pairs_lo(t[i + 1], t[i + 3]);
       r[i + 3] = pairs_hi(t[i + 1], t[i + 3]);
-    }
-    ST_UNROLL for (int j = 0; j < 4; ++j) {
+    });
+    unroll<4>([&](auto j) ST_LAMBDA {
       const __m512 a = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88), b = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
       const __m512 c = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
       const __m512 d = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
@@ -60,8 +62,8 @@ struct Avx512 {
       t[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
       t[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
       t[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
-    }
-    ST_UNROLL for (int i = 0; i < 16; ++i) r[i] = t[i];
+    });
+    unroll<16>([&](auto i) ST_LAMBDA { r[i] = t[i]; });
   }
 
  private:

@@ -1,0 +1,133 @@
+#include "handlers.h"
+
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "conv.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace sparsetrain {
+namespace {
+
+namespace ffi = xla::ffi;
+using Geometry = ffi::Span<const int64_t>;
+using F32 = ffi::Buffer<ffi::F32, 4>;
+using Result = ffi::Result<F32>;
+
+class XlaExecutor : public Executor {
+ public:
+  explicit XlaExecutor(ffi::ThreadPool pool) : pool_(pool), threads_(static_cast<int>(pool.num_threads())) {}
+  // The caller may or may not be one of the pool's threads; a helper too many finds no work.
+  int concurrency() const override { return threads_ > 1 ? threads_ : 1; }
+  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
+
+ private:
+  ffi::ThreadPool pool_;
+  int threads_;
+};
+
+// lhs NHWC, rhs HWIO and out NHWC of the forward convolution, whichever of them this operation reads or writes.
+ffi::Error make_shape(const char* op, Geometry geometry, ffi::Span<const int64_t> lhs, ffi::Span<const int64_t> rhs,
+                      ffi::Span<const int64_t> out, int64_t mode, ConvShape* shape) {
+  const auto fail = [op](const std::string& what) { return ffi::Error::InvalidArgument(std::string(op) + ": " + what); };
+  if (geometry.size() != 6) {
+    return fail("geometry must be [stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right], got " +
+                std::to_string(geometry.size()) + " numbers");
+  }
+  if (mode < 0 || mode > 2) return fail("mode must be 0 (auto), 1 (sparse) or 2 (dense), got " + std::to_string(mode));
+  const int64_t sh = geometry[0], sw = geometry[1];
+  if (sh < 1 || sw < 1) return fail("strides must be positive");
+  for (size_t i = 2; i < 6; ++i) {
+    if (geometry[i] < 0) return fail("padding must not be negative");
+  }
+  *shape = {lhs[0], lhs[1], lhs[2], lhs[3], rhs[0], rhs[1], rhs[3], out[1], out[2], sh, sw, geometry[2], geometry[4]};
+  if (shape->r < 1 || shape->s < 1) return fail("the kernel has no taps");
+  if (rhs[2] != lhs[3]) {
+    return fail("lhs has " + std::to_string(lhs[3]) + " features, rhs wants " + std::to_string(rhs[2]));
+  }
+  if (rhs[3] != out[3]) {
+    return fail("rhs has " + std::to_string(rhs[3]) + " output features, out has " + std::to_string(out[3]));
+  }
+  if (lhs[0] != out[0]) {
+    return fail("lhs has " + std::to_string(lhs[0]) + " images, out has " + std::to_string(out[0]));
+  }
+  const int64_t span_h = shape->h + geometry[2] + geometry[3] - shape->r;
+  const int64_t span_w = shape->w + geometry[4] + geometry[5] - shape->s;
+  const int64_t oh = span_h < 0 ? 0 : span_h / sh + 1, ow = span_w < 0 ? 0 : span_w / sw + 1;
+  if (out[1] != oh || out[2] != ow) {
+    return fail("the geometry gives an output of " + std::to_string(oh) + "x" + std::to_string(ow) + ", out is " +
+                std::to_string(out[1]) + "x" + std::to_string(out[2]));
+  }
+  return ffi::Error::Success();
+}
+
+using Operation = void (*)(const ConvShape&, Mode, const float*, const float*, float*, Executor&);
+
+template <Operation operation>
+ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int64_t mode, const F32& a, const F32& b,
+               Result& result) {
+  if (result->element_count() == 0) return ffi::Error::Success();
+  if (a.element_count() == 0 || b.element_count() == 0) {
+    std::memset(result->typed_data(), 0, result->size_bytes());
+    return ffi::Error::Success();
+  }
+  try {
+    XlaExecutor executor(pool);
+    operation(shape, static_cast<Mode>(mode), a.typed_data(), b.typed_data(), result->typed_data(), executor);
+  } catch (const std::exception& e) {
+    return ffi::Error::Internal(std::string(op) + ": " + e.what());
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error conv_fwd_handler(ffi::ThreadPool pool, F32 lhs, F32 rhs, Result out, Geometry geometry, int64_t mode) {
+  ConvShape shape;
+  ffi::Error error = make_shape("sparse_conv_fwd", geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode,
+                                &shape);
+  if (error.failure()) return error;
+  return run<conv_fwd>("sparse_conv_fwd", pool, shape, mode, lhs, rhs, out);
+}
+
+ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, F32 g, F32 rhs, Result dlhs, Geometry geometry, int64_t mode) {
+  ConvShape shape;
+  ffi::Error error = make_shape("sparse_conv_bwd_input", geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(),
+                                mode, &shape);
+  if (error.failure()) return error;
+  return run<conv_bwd_input>("sparse_conv_bwd_input", pool, shape, mode, g, rhs, dlhs);
+}
+
+ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, F32 lhs, F32 g, Result drhs, Geometry geometry, int64_t mode) {
+  ConvShape shape;
+  ffi::Error error = make_shape("sparse_conv_bwd_weights", geometry, lhs.dimensions(), drhs->dimensions(),
+                                g.dimensions(), mode, &shape);
+  if (error.failure()) return error;
+  return run<conv_bwd_weights>("sparse_conv_bwd_weights", pool, shape, mode, lhs, g, drhs);
+}
+
+auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<F32>()
+      .Arg<F32>()
+      .Ret<F32>()
+      .Attr<Geometry>("geometry")
+      .Attr<int64_t>("mode");
+}
+
+XLA_FFI_DEFINE_HANDLER(conv_fwd_v1, conv_fwd_handler, binding());
+XLA_FFI_DEFINE_HANDLER(conv_bwd_input_v1, conv_bwd_input_handler, binding());
+XLA_FFI_DEFINE_HANDLER(conv_bwd_weights_v1, conv_bwd_weights_handler, binding());
+
+}  // namespace
+
+std::vector<std::pair<const char*, void*>> registrations() {
+  return {
+      {"sparsetrain_conv_fwd_v1", reinterpret_cast<void*>(conv_fwd_v1)},
+      {"sparsetrain_conv_bwd_input_v1", reinterpret_cast<void*>(conv_bwd_input_v1)},
+      {"sparsetrain_conv_bwd_weights_v1", reinterpret_cast<void*>(conv_bwd_weights_v1)},
+  };
+}
+
+}  // namespace sparsetrain

@@ -1,0 +1,100 @@
+#include "isa.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+namespace sparsetrain {
+namespace {
+
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> list;
+#if defined(__x86_64__)
+  // These ask CPUID for the instructions and XCR0 for whether the operating system saves the registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    list.push_back(&kKernelsAvx512);
+  }
+  if (avx2) list.push_back(&kKernelsAvx2);
+#endif
+  list.push_back(&kKernelsPortable);
+  return list;
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{usable_kernels().front()};
+  return kernels;
+}
+
+int64_t cache_bytes(int name, int64_t fallback) {
+  const long bytes = sysconf(name);
+  return bytes > 0 ? bytes : fallback;
+}
+
+constexpr const char* kPaths[] = {
+    "conv_fwd/sparse",         "conv_fwd/dense",         "conv_bwd_input/sparse",        "conv_bwd_input/dense",
+    "conv_bwd_weights/sparse", "conv_bwd_weights/dense", "conv_bwd_input_masked/sparse", "conv_bwd_input_masked/dense",
+};
+constexpr size_t kPathCount = sizeof kPaths / sizeof kPaths[0];
+std::atomic<int64_t> path_counts[kPathCount];
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : usable_kernels()) names.emplace_back(k->isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  std::string available;
+  for (const Kernels* k : usable_kernels()) {
+    if (name == k->isa) {
+      current().store(k);
+      return;
+    }
+    available += available.empty() ? k->isa : std::string(", ") + k->isa;
+  }
+  throw std::invalid_argument("unknown or unavailable ISA '" + name + "'; this machine offers: " + available);
+}
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+const Machine& machine() {
+  static const Machine machine = {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+      cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
+      cache_bytes(_SC_LEVEL2_CACHE_SIZE, 512 << 10),
+      cache_bytes(_SC_LEVEL3_CACHE_SIZE, 8 << 20),
+#else
+      32 << 10, 512 << 10, 8 << 20,
+#endif
+  };
+  return machine;
+}
+
+void count(const char* path) {
+  for (size_t i = 0; i < kPathCount; ++i) {
+    if (std::strcmp(path, kPaths[i]) == 0) {
+      path_counts[i].fetch_add(1, std::memory_order_relaxed);
+      return;
+    }
+  }
+  throw std::logic_error(std::string("no such path: ") + path);
+}
+
+std::vector<std::pair<std::string, int64_t>> counters() {
+  std::vector<std::pair<std::string, int64_t>> out;
+  for (size_t i = 0; i < kPathCount; ++i) out.emplace_back(kPaths[i], path_counts[i].load());
+  return out;
+}
+
+void reset_counters() {
+  for (auto& c : path_counts) c.store(0);
+}
+
+}  // namespace sparsetrain

@@ -1,0 +1,214 @@
+// Kernels of FWD and BWI, templated on an Isa (simd_portable.h says what one offers).
+//
+// Every convolution is a sum of stride-1 row sweeps (plan_data.h does the splitting), and a sweep is the paper's loop:
+// compare the input with zero, walk the set bits of the mask, and for each do one broadcast and taps * vectors FMAs
+// into accumulators that stay in registers while the row goes by (SparseTrain, section 3.2). On top of the paper:
+//
+// - Masks are made ahead (scan), for a whole tile: a compare that feeds a branch directly would queue behind the FMA
+//   backlog and expose every mispredicted loop exit.
+// - Two pixels a step. Channels that are non-zero in both load each filter vector once for two FMAs; then those of the
+//   first pixel only, then those of the second only.
+//
+// The accumulators are a window over taps + 1 output columns. Pixels x and x + 1 (x even) reach columns
+// first + x .. first + x + taps; after them the first two columns are finished, and the window moves on by two.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sparsetrain {
+namespace {
+
+template <class Isa, int kTaps, int kVectors>
+struct Sweep {
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kFeatures = kVectors * kLanes;
+  using Vec = typename Isa::Vec;
+  using Window = Vec[kTaps + 1][kVectors];
+
+  static ST_INLINE bool inside(const SweepArgs& a, int column) {
+    return static_cast<unsigned>(column) < static_cast<unsigned>(a.columns);
+  }
+
+  static ST_INLINE void load_column(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
+    if (a.tile != nullptr && inside(a, column)) {
+      const float* y = a.tile + static_cast<ptrdiff_t>(column) * kFeatures;
+      unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::load(y + v * kLanes); });
+    } else {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::zero(); });
+    }
+  }
+
+  static ST_INLINE void store_column(const SweepArgs& a, int column, const Vec (&sums)[kVectors]) {
+    if (!inside(a, column)) return;
+    float* out = a.out + column * a.out_pitch;
+    if (a.stream) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(out + v * kLanes, sums[v]); });
+    } else if (a.out_features == kFeatures) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
+    } else {
+      unroll<kVectors>([&](auto v) ST_LAMBDA {
+        const int lanes = a.out_features - v * kLanes;
+        if (lanes >= kLanes) {
+          Isa::store(out + v * kLanes, sums[v]);
+        } else if (lanes > 0) {
+          Isa::store_n(out + v * kLanes, sums[v], lanes);
+        }
+      });
+    }
+  }
+
+  static ST_INLINE int next(uint64_t& mask) {
+    const int channel = __builtin_ctzll(mask);
+    mask &= mask - 1;
+    return channel;
+  }
+
+  // Channels of one pixel; its tap t belongs to window column kBase + taps-1-t.
+  template <int kBase>
+  static ST_INLINE void visit_single(Window& sums, uint64_t mask, const float* pixel, const float* filter) {
+    while (mask != 0) {
+      const int channel = next(mask);
+      const float* f = filter + static_cast<size_t>(channel) * (kTaps * kFeatures);
+      ST_OPAQUE(f);
+      const Vec value = Isa::broadcast(pixel + channel);
+      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int t = i / kVectors, v = i % kVectors;
+        Vec& sum = sums[kBase + kTaps - 1 - t][v];
+        sum = Isa::fma(value, Isa::load(f + i * kLanes), sum);
+      });
+    }
+  }
+
+  static ST_INLINE void visit_both(Window& sums, uint64_t mask, const float* pixel0, const float* pixel1,
+                                   const float* filter) {
+    while (mask != 0) {
+      const int channel = next(mask);
+      const float* f = filter + static_cast<size_t>(channel) * (kTaps * kFeatures);
+      ST_OPAQUE(f);
+      const Vec value0 = Isa::broadcast(pixel0 + channel), value1 = Isa::broadcast(pixel1 + channel);
+      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int t = i / kVectors, v = i % kVectors;
+        const Vec w = Isa::load(f + i * kLanes);
+        Vec& sum0 = sums[kTaps - 1 - t][v];
+        Vec& sum1 = sums[kTaps - t][v];
+        sum0 = Isa::fma(value0, w, sum0);
+        sum1 = Isa::fma(value1, w, sum1);
+      });
+    }
+  }
+
+  // The loop visits every column once, also those that no pixel reaches: it starts before the first pixel when that is
+  // needed to load column 0, and goes on with empty masks after the last.
+  static void run(const SweepArgs& args) {
+    const SweepArgs a = args;
+    Window sums;
+    unroll<(kTaps + 1) * kVectors>([&](auto i) ST_LAMBDA { sums[i / kVectors][i % kVectors] = Isa::zero(); });
+    const int lead = a.first + kTaps - 1;
+    for (int x = lead > 0 ? -((lead + 1) & ~1) : -lead & ~1; a.first + x < a.columns; x += 2) {
+      const int column = a.first + x;
+      load_column(a, column + kTaps - 1, sums[kTaps - 1]);
+      load_column(a, column + kTaps, sums[kTaps]);
+      uint64_t mask0 = static_cast<unsigned>(x) < static_cast<unsigned>(a.pixels) ? a.masks[x] : 0;
+      uint64_t mask1 = static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.pixels) ? a.masks[x + 1] : 0;
+      const float* pixel0 = a.values + x * a.value_pitch;
+      const float* pixel1 = pixel0 + a.value_pitch;
+      const uint64_t both = mask0 & mask1 & a.pair_mask;
+      mask0 ^= both;
+      mask1 ^= both;
+      visit_both(sums, both, pixel0, pixel1, a.filter);
+      visit_single<0>(sums, mask0, pixel0, a.filter);
+      visit_single<1>(sums, mask1, pixel1, a.filter);
+      store_column(a, column, sums[0]);
+      store_column(a, column + 1, sums[1]);
+      unroll<(kTaps - 1) * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int p = i / kVectors, v = i % kVectors;
+        sums[p][v] = sums[p + 2][v];
+      });
+    }
+    if (a.stream) Isa::stream_fence();
+  }
+};
+
+template <class Isa>
+int64_t scan(const ScanArgs& args) {
+  const ScanArgs a = args;
+  int64_t count = 0;
+  for (int x = 0; x < a.pixels; ++x) {
+    const float* pixel = a.values + x * a.value_pitch;
+    uint64_t* masks = a.masks + x;
+    float* copy = a.copy != nullptr ? a.copy + static_cast<ptrdiff_t>(x) * a.block : nullptr;
+    for (int c0 = 0; c0 < a.channels; c0 += a.block, masks += a.mask_pitch) {
+      const int channels = a.channels - c0 < a.block ? a.channels - c0 : a.block;
+      uint64_t mask = 0;
+      int c = 0;
+      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) {
+        const typename Isa::Vec v = Isa::load(pixel + c0 + c);
+        mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
+        if (copy != nullptr) Isa::store(copy + c, v);
+      }
+      if (c < channels) {
+        const typename Isa::Vec v = Isa::load_n(pixel + c0 + c, channels - c);
+        mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
+        if (copy != nullptr) Isa::store(copy + c, v);
+      }
+      *masks = mask;
+      count += __builtin_popcountll(mask);
+      if (copy != nullptr) copy += a.copy_pitch;
+    }
+  }
+  return count;
+}
+
+template <class Isa>
+void transpose(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols) {
+  constexpr int kLanes = Isa::kLanes;
+  for (int i = 0; i < rows; i += kLanes) {
+    for (int j = 0; j < cols; j += kLanes) {
+      const int width = cols - j < kLanes ? cols - j : kLanes;
+      typename Isa::Vec r[kLanes];
+      unroll<kLanes>([&](auto u) ST_LAMBDA {
+        const float* row = src + static_cast<ptrdiff_t>(i + u) * src_pitch + j;
+        r[u] = i + u >= rows ? Isa::zero() : width == kLanes ? Isa::load(row) : Isa::load_n(row, width);
+      });
+      Isa::transpose(r);
+      unroll<kLanes>([&](auto u) ST_LAMBDA {
+        if (u < width) Isa::store(dst + (j + u) * dst_pitch + i, r[u]);
+      });
+    }
+  }
+}
+
+// A sweep needs its window, the filter vector and two broadcasts in registers.
+// Seven vectors would save little over six or eight and cost compile time.
+template <class Isa, int kTaps, int kVectors>
+constexpr bool fits_registers() {
+  return kVectors != 5 && kVectors != 7 && (kTaps + 1) * kVectors + (Isa::kRegisters == 32 ? 6 : 3) <= Isa::kRegisters;
+}
+
+template <class Isa, int kTaps, int kVectors>
+void offer_sweep(DataKernels& table) {
+  if constexpr (fits_registers<Isa, kTaps, kVectors>()) {
+    table.sweep[kTaps][kVectors] = &Sweep<Isa, kTaps, kVectors>::run;
+  }
+  if constexpr (kVectors < kMaxVectors) {
+    offer_sweep<Isa, kTaps, kVectors + 1>(table);
+  } else if constexpr (kTaps < kMaxTaps) {
+    offer_sweep<Isa, kTaps + 1, 1>(table);
+  }
+}
+
+template <class Isa>
+DataKernels data_kernels() {
+  DataKernels table{};
+  offer_sweep<Isa, 1, 1>(table);
+  table.scan = &scan<Isa>;
+  table.transpose = &transpose<Isa>;
+  return table;
+}
+
+}  // namespace
+}  // namespace sparsetrain

@@ -1,0 +1,9 @@
+// The kernels for Portable.
+#include "kernels_data.h"
+#include "simd_portable.h"
+
+namespace sparsetrain {
+
+const Kernels kKernelsPortable = {"portable", Portable::kLanes, Portable::kRegisters, data_kernels<Portable>(), nullptr};
+
+}  // namespace sparsetrain

@@ -1,0 +1,65 @@
+// The Python module: registrations, the choice of ISA, counters, and plans for tests and explain.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv.h"
+#include "handlers.h"
+#include "isa.h"
+#include "plan_data.h"
+
+namespace nb = nanobind;
+using namespace sparsetrain;
+
+namespace {
+
+std::map<std::string, std::string> plan(const std::string& component, const std::vector<int64_t>& dims,
+                                        const std::vector<int64_t>& geometry) {
+  if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
+  if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
+  const int64_t sh = geometry[0], sw = geometry[1];
+  ConvShape shape{dims[0], dims[1], dims[2], dims[3], dims[5], dims[6], dims[4], 0, 0, sh, sw, geometry[2], geometry[4]};
+  shape.oh = (shape.h + geometry[2] + geometry[3] - shape.r) / sh + 1;
+  shape.ow = (shape.w + geometry[4] + geometry[5] - shape.s) / sw + 1;
+  for (const int64_t x : {shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.oh, shape.ow, sh, sw}) {
+    if (x < 1) throw std::invalid_argument("plan: every dimension and stride must be positive");
+  }
+  std::vector<std::pair<std::string, std::string>> pairs;
+  if (component == "fwd") {
+    pairs = describe(plan_data(DataOp::kFwd, shape, machine(), kernels()));
+  } else if (component == "bwd_input") {
+    pairs = describe(plan_data(DataOp::kBwdInput, shape, machine(), kernels()));
+  } else {
+    throw std::invalid_argument("plan: unknown component '" + component + "'");
+  }
+  return {pairs.begin(), pairs.end()};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("registrations", [] {
+    nb::dict out;
+    for (const auto& [name, handler] : registrations()) out[name] = nb::capsule(handler);
+    return out;
+  });
+  m.def("isa", [] { return std::string(kernels().isa); });
+  m.def("available_isas", &available_isas);
+  m.def("set_isa", &set_isa, nb::arg("name"));
+  m.def("machine", [] {
+    return std::map<std::string, int64_t>{
+        {"l1_bytes", machine().l1_bytes}, {"l2_bytes", machine().l2_bytes}, {"l3_bytes", machine().l3_bytes}};
+  });
+  m.def("counters", [] {
+    const auto pairs = counters();
+    return std::map<std::string, int64_t>(pairs.begin(), pairs.end());
+  });
+  m.def("reset_counters", &reset_counters);
+  m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"));
+}

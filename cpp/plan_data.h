@@ -1,0 +1,84 @@
+// Plan of FWD and BWI: a pure function of shape and machine. Nothing here touches a tensor.
+//
+// Both operations gather: every pixel of the result (out in FWD, dlhs in BWI; "columns" below) sums over pixels of the
+// checked operand (lhs in FWD, g in BWI; "pixels" below) times one tap of the kernel each. Along x this splits into
+// *strands*, in which pixel i and tap t meet column first + i + taps-1-t: a stride-1 correlation, what the sweep
+// kernels compute (kernels_data.h).
+//   FWD, stride 1: one strand. FWD, stride st: tap s and tap s + st meet pixels st apart, so the taps fall into st
+//   strands by s modulo st, each on its own sub-grid of pixels.
+//   BWI, stride st: the columns fall into st classes by x modulo st, and each class gets one strand (or none).
+//   Kernels wider than kMaxTaps: the taps of a strand are cut into several.
+// Along y no splitting is needed: each row of the result has a list of (input row, kernel row).
+//
+// Blocking, from outside in, in the order of the loops in run_data.cc:
+//   tile           rows x columns of the result, for all features: its input is scanned once (masks, contiguous copy)
+//   feature block  vectors * lanes features; partial sums of a tile and one block stay in L2
+//   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
+//   kernel row, strand, row of the tile: one sweep
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "conv.h"
+#include "isa.h"
+
+namespace sparsetrain {
+
+enum class DataOp { kFwd, kBwdInput };
+
+struct Strand {
+  int phase;      // which scan of the input row
+  int64_t first;  // column of pixel 0 under the last tap; may be negative
+  int taps;
+  int64_t tap[kMaxTaps];  // kernel column of each tap
+};
+
+// Pixels start, start + step, ... of an input row.
+struct Phase1d {
+  int64_t start, step, pixels;
+};
+
+// Columns start, start + step, ... of a row of the result, and all that is summed into them.
+struct ColumnClass {
+  int64_t start, step, columns;
+  std::vector<Strand> strands;
+};
+
+struct DataPlan {
+  DataOp op;
+  // The problem in gather form. 1x1 kernels at stride 1 without padding become one long row.
+  int64_t images, in_rows, in_columns, channels;  // of the checked operand
+  int64_t out_rows, out_columns, features;        // of the result
+  int64_t kernel_rows, kernel_columns, row_stride, row_pad;
+  std::vector<Phase1d> phases;
+  std::vector<ColumnClass> classes;
+
+  int vectors;           // of a feature block
+  int last_vectors;      // of the last feature block
+  int64_t blocks;        // feature blocks
+  int channel_block;     // channels of a filter block, <= kMaxBlock
+  int64_t tile_rows;     // of the images' rows taken together
+  int64_t tile_columns;  // multiple of the classes' step
+  bool copy;             // scan copies the values
+  bool stream;           // the result by-passes the caches
+  float dense_density;   // a tile with at least this share of non-zeros runs dense
+  float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
+
+  int64_t channel_blocks() const { return (channels + channel_block - 1) / channel_block; }
+  int64_t row_tiles() const { return (images * out_rows + tile_rows - 1) / tile_rows; }
+  int64_t column_tiles() const { return (out_columns + tile_columns - 1) / tile_columns; }
+  // Input row under kernel row r for row y of the result; -1 when there is none.
+  int64_t input_row(int64_t y, int64_t r) const;
+  // Range of input rows that rows [y0, y1) of one image need.
+  std::pair<int64_t, int64_t> input_rows(int64_t y0, int64_t y1) const;
+};
+
+DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, const Kernels& kernels);
+
+// Key and value pairs for explain and tests.
+std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan);
+
+}  // namespace sparsetrain

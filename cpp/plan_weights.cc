@@ -1,0 +1,311 @@
+#include "plan_weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "kernels.h"
+
+namespace sparsetrain {
+namespace {
+
+// Costs of moving data, in multiply-adds of a vector per vector moved.
+constexpr double kPackCost = 6;   // transposing the checked operand, finding its zeros
+constexpr double kGroupCost = 1;  // copying it for tiles
+constexpr double kCopyCost = 3;   // copying the dense operand
+constexpr double kEndCost = 12;   // a walk's mispredicted end of a mask word, partly hidden
+constexpr double kTilePenalty = 1.12;
+constexpr double kPairDensity = 0.12;  // below: too few positions are non-zero in both channels
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+int64_t strided_count(int64_t size, int64_t start, int64_t step) { return start < size ? ceil_div(size - start, step) : 0; }
+
+// A class along one axis: its checked pixels, and its taps (several runs when they meet different sub-images).
+struct AxisClass {
+  PixelAxis pixels;
+  std::vector<TapAxis> taps;
+};
+
+std::vector<AxisClass> lhs_checked_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  std::vector<AxisClass> classes;
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
+    if (residue >= kernel) continue;
+    const int64_t taps = ceil_div(kernel - residue, stride), last = residue + (taps - 1) * stride;
+    const TapAxis axis = {last, -stride, static_cast<int>(taps), 0, 1, out_size, (phase + pad - last) / stride};
+    classes.push_back({{phase, stride, strided_count(size, phase, stride)}, {axis}});
+  }
+  return classes;
+}
+
+std::vector<AxisClass> g_checked_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  AxisClass all = {{0, 1, out_size}, {}};
+  for (int64_t tap = 0; tap < std::min(stride, kernel); ++tap) {
+    const int64_t offset = floor_div(tap - pad, stride), start = tap - pad - offset * stride;
+    all.taps.push_back({tap, stride, static_cast<int>(ceil_div(kernel - tap, stride)), start, stride,
+                        strided_count(size, start, stride), offset});
+  }
+  return {all};
+}
+
+// Cuts a run of taps into `pieces` of nearly equal length.
+std::vector<TapAxis> cut(const TapAxis& axis, int pieces) {
+  std::vector<TapAxis> parts;
+  for (int i = 0, first = 0; i < pieces; ++i) {
+    TapAxis part = axis;
+    part.taps = (axis.taps - first + pieces - i - 1) / (pieces - i);
+    part.tap += first * axis.tap_step;
+    part.offset += first;
+    first += part.taps;
+    parts.push_back(part);
+  }
+  return parts;
+}
+
+// The widest step for rows x columns taps: wide steps walk the masks less often, but pairs need twice the registers.
+int widest_step(int rows, int columns, int64_t features, const WeightsMachine& machine) {
+  int widest = 1, paired = 0;
+  for (int v = 1; v <= 8; v *= 2) {
+    if (v > 1 && (v / 2) * machine.lanes >= features) break;
+    if (!walk_offered(rows, columns, v, machine.registers)) continue;
+    widest = v;
+    if (2 * rows * columns * v + 3 <= machine.registers) paired = v;
+  }
+  return paired * rows * columns >= 6 ? paired : widest;
+}
+
+void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, int64_t features,
+                const WeightsMachine& machine, std::vector<TapGroup>& groups) {
+  const int lanes = machine.lanes;
+  if (!sparse) {  // tiles take any taps
+    const int vectors = features > 2 * lanes && rows.taps * columns.taps == 1 ? 4 : features > lanes ? 2 : 1;
+    groups.push_back({rows, columns, vectors});
+    return;
+  }
+  const int max_columns = machine.registers >= 32 ? kMaxTapColumns : 5;
+  const int column_pieces =
+      columns.taps <= max_columns && columns.taps != 6 ? 1 : static_cast<int>(ceil_div(columns.taps, 5));
+  for (const TapAxis& part : cut(columns, column_pieces)) {
+    int max_rows = kMaxTapRows;
+    while (!walk_offered(max_rows, part.taps, 1, machine.registers)) --max_rows;
+    for (const TapAxis& row_part : cut(rows, static_cast<int>(ceil_div(rows.taps, max_rows)))) {
+      groups.push_back({row_part, part, widest_step(row_part.taps, part.taps, features, machine)});
+    }
+  }
+}
+
+// Padding before and after the dense pixels that `pixels` checked pixels meet: what neighbouring rows may share.
+int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
+  const int64_t before = std::max<int64_t>(0, -axis.offset);
+  const int64_t after = std::max<int64_t>(0, axis.offset + pixels + axis.taps - 1 - axis.count);
+  return std::min<int64_t>({before, after, axis.taps - 1});
+}
+
+int64_t balanced(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::max<int64_t>(1, most))); }
+
+void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelClass& cls) {
+  int64_t bytes = 4 * machine.lanes, halo_rows = 0;
+  for (const TapGroup& group : cls.groups) {
+    bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
+    halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
+  }
+  const int64_t budget = std::max<int64_t>(64, machine.caches.l1_bytes * 7 / 10 / bytes);  // positions
+  const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
+  cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
+  cls.positions = 0;
+  cls.blocks[0] = cls.blocks[1] = cls.blocks[2] = 1;
+  if (cls.rows.count == 0 || cls.columns.count == 0) return;  // one empty block, so that zeros get written
+  const int64_t most_columns = line ? budget / 64 * 64 : std::clamp<int64_t>(budget / (halo_rows + 4), 8, 64);
+  cls.block_columns = line ? std::min(cls.columns.count, most_columns) : balanced(cls.columns.count, most_columns);
+  const bool full_columns = cls.block_columns == cls.columns.count;
+  for (const TapGroup& group : cls.groups) {
+    const int64_t shared = full_columns ? shared_halo(group.columns, cls.columns.count) : 0;
+    cls.pitch = std::max(cls.pitch, cls.block_columns + group.columns.taps - 1 - shared);
+  }
+  cls.block_rows = balanced(cls.rows.count, std::min(cls.rows.count, budget / cls.pitch - halo_rows));
+  const bool full_rows = full_columns && cls.block_rows == cls.rows.count;
+  for (const TapGroup& group : cls.groups) {
+    const int64_t shared = full_rows ? shared_halo(group.rows, cls.rows.count) : 0;
+    cls.image_rows = std::max(cls.image_rows, cls.block_rows + group.rows.taps - 1 - shared);
+  }
+  cls.block_images =
+      full_rows ? balanced(plan.shape.n, std::min(plan.shape.n, budget / (cls.image_rows * cls.pitch))) : 1;
+  cls.positions = round_up(((cls.block_images - 1) * cls.image_rows + cls.block_rows - 1) * cls.pitch +
+                               cls.block_columns,
+                           64);
+  cls.blocks[0] = ceil_div(plan.shape.n, cls.block_images);
+  cls.blocks[1] = ceil_div(cls.rows.count, cls.block_rows);
+  cls.blocks[2] = ceil_div(cls.columns.count, cls.block_columns);
+}
+
+// Multiply-adds of a vector, and the cost of moving data, of one way to run the call.
+double estimate(const WeightsPlan& plan, double density) {
+  const double vectors = static_cast<double>(ceil_div(plan.features, plan.lanes));
+  double cost = 0;
+  for (const PixelClass& cls : plan.classes) {
+    const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
+    double taps = 0, walks = 0;
+    for (const TapGroup& group : cls.groups) {
+      taps += group.rows.taps * group.columns.taps;
+      walks += vectors / group.vectors;
+    }
+    const double products = pixels * plan.channels * taps * vectors;
+    if (plan.sparse) {
+      cost += products * density * 1.15 + pixels * plan.channels / 64 * walks * kEndCost;
+      cost += pixels * plan.channels / plan.lanes * kPackCost;
+    } else {
+      cost += products * kTilePenalty + pixels * plan.channels / plan.lanes * kGroupCost;
+    }
+    cost += pixels * vectors * static_cast<double>(cls.groups.size()) * kCopyCost;
+  }
+  return cost;
+}
+
+WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, double density,
+                      const WeightsMachine& machine) {
+  WeightsPlan plan;
+  plan.shape = shape;
+  plan.lhs_checked = lhs_checked;
+  plan.sparse = sparse;
+  plan.pairs = sparse && density > kPairDensity;
+  plan.lanes = machine.lanes;
+  plan.channels = lhs_checked ? shape.c : shape.k;
+  plan.features = lhs_checked ? shape.k : shape.c;
+  const auto axis = lhs_checked ? lhs_checked_axis : g_checked_axis;
+  const std::vector<AxisClass> rows = axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top);
+  const std::vector<AxisClass> columns = axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left);
+  for (const AxisClass& row : rows) {
+    for (const AxisClass& column : columns) {
+      PixelClass cls;
+      cls.rows = row.pixels;
+      cls.columns = column.pixels;
+      for (const TapAxis& row_taps : row.taps) {
+        for (const TapAxis& column_taps : column.taps) {
+          add_groups(row_taps, column_taps, sparse, plan.features, machine, cls.groups);
+        }
+      }
+      block_pixels(plan, machine, cls);
+      plan.classes.push_back(cls);
+    }
+  }
+  return plan;
+}
+
+// Cuts drhs into items. The panel of an item (its sums between pixel blocks) and a packed pixel block should stay in L2;
+// every cut repeats packing (along features) or copying (along channels).
+void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
+  int64_t taps = 1, positions = 64, blocks = 0, widest = 1;
+  for (const PixelClass& cls : plan.classes) {
+    int64_t class_taps = 0;
+    for (const TapGroup& group : cls.groups) {
+      class_taps += group.rows.taps * group.columns.taps;
+      widest = std::max<int64_t>(widest, group.vectors);
+    }
+    taps = std::max(taps, class_taps);
+    positions = std::max(positions, cls.positions);
+    blocks = std::max(blocks, cls.block_count());
+  }
+  const int64_t unit = plan.sparse ? plan.lanes : 24;  // 24: whole tiles for every choice of vectors
+  const int64_t width = widest * plan.lanes;
+  const int64_t most_channels = std::max(unit, machine.caches.l2_bytes / 3 / (4 * positions) / unit * unit);
+  plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
+  const int64_t panel = machine.caches.l2_bytes / 2;
+  plan.feature_block = round_up(plan.features, width);
+  if (blocks > 1) {
+    const int64_t most = std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
+    plan.feature_block = round_up(balanced(plan.features, most), width);
+  }
+  plan.chunks = 1;
+  const auto items = [&plan] {
+    return ceil_div(plan.channels, plan.channel_block) * ceil_div(plan.features, plan.feature_block);
+  };
+  // Few items: cut the longer side, down to sizes where repeated work would show.
+  const int64_t wanted = machine.threads > 1 ? 2 * machine.threads : 1;
+  while (items() < wanted) {
+    const bool can_channels = plan.channel_block >= 4 * unit || (plan.channel_block >= 2 * unit && items() == 1);
+    const bool can_features = plan.feature_block >= 2 * std::max<int64_t>(width, 64);
+    if (can_channels && (plan.channel_block >= plan.feature_block || !can_features)) {
+      plan.channel_block = round_up(plan.channel_block / 2, unit);
+    } else if (can_features) {
+      plan.feature_block = round_up(plan.feature_block / 2, width);
+    } else {
+      break;
+    }
+  }
+  // Too few channels and features for threads, many pixels: cut those, by shape alone (the sums depend on it).
+  const int64_t largest = round_up(plan.channels, unit) * round_up(plan.features, width) * taps * 4;
+  if (plan.channels < 4 * unit && plan.features < 128 && blocks >= 32 && 8 * largest <= machine.caches.l2_bytes) {
+    plan.chunks = 8;
+    plan.channel_block = round_up(plan.channels, unit);
+    plan.feature_block = round_up(plan.features, width);
+  }
+}
+
+}  // namespace
+
+int step_vectors(int64_t left, int vectors, int lanes) {
+  while (vectors > 1 && static_cast<int64_t>(vectors / 2) * lanes >= left) vectors /= 2;
+  // More than a quarter of the lanes idle: full vectors first, the rest in a step of its own.
+  if (vectors > 1 && 4 * left < 3 * static_cast<int64_t>(vectors) * lanes) vectors /= 2;
+  return vectors;
+}
+
+WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& densities, const WeightsMachine& machine) {
+  ConvShape shape = given;
+  if (shape.r == 1 && shape.s == 1 && shape.stride_h == 1 && shape.stride_w == 1 && shape.oh == shape.h &&
+      shape.ow == shape.w && shape.pad_top == 0 && shape.pad_left == 0) {
+    shape.w = shape.ow = shape.n * shape.h * shape.w;
+    shape.n = shape.h = shape.oh = 1;
+  }
+  const auto cheaper = [&](bool sparse, double& cost) {
+    const WeightsPlan lhs = plan_path(shape, true, sparse, densities.lhs, machine);
+    const WeightsPlan g = plan_path(shape, false, sparse, densities.g, machine);
+    const double lhs_cost = estimate(lhs, densities.lhs), g_cost = estimate(g, densities.g);
+    cost = std::min(lhs_cost, g_cost);
+    return lhs_cost <= g_cost ? lhs : g;
+  };
+  double sparse_cost, dense_cost;
+  const WeightsPlan sparse = cheaper(true, sparse_cost), dense = cheaper(false, dense_cost);
+  WeightsPlan best = mode == Mode::kSparse || (mode == Mode::kAuto && sparse_cost < dense_cost) ? sparse : dense;
+  best.sparse_cost = sparse_cost;
+  best.dense_cost = dense_cost;
+  cut_items(machine, best);
+  return best;
+}
+
+std::vector<std::pair<std::string, std::string>> describe_weights_plan(const ConvShape& shape, Mode mode,
+                                                                       const Densities& densities,
+                                                                       const WeightsMachine& machine) {
+  const WeightsPlan plan = plan_weights(shape, mode, densities, machine);
+  std::vector<std::pair<std::string, std::string>> lines;
+  const auto add = [&lines](const char* key, const std::string& value) { lines.emplace_back(key, value); };
+  const auto number = [](double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.3g", value);
+    return std::string(text);
+  };
+  add("path", plan.sparse ? "sparse" : "dense");
+  add("checked", plan.lhs_checked ? "lhs" : "g");
+  add("pairs", plan.pairs ? "yes" : "no");
+  add("channel_block", std::to_string(plan.channel_block));
+  add("feature_block", std::to_string(plan.feature_block));
+  add("chunks", std::to_string(plan.chunks));
+  add("pixel_classes", std::to_string(plan.classes.size()));
+  const PixelClass& cls = plan.classes.front();
+  add("pixel_block", std::to_string(cls.block_images) + "x" + std::to_string(cls.block_rows) + "x" +
+                         std::to_string(cls.block_columns));
+  std::string groups;
+  for (const TapGroup& group : cls.groups) {
+    if (!groups.empty()) groups += " ";
+    groups += std::to_string(group.rows.taps) + "x" + std::to_string(group.columns.taps) + "x" +
+              std::to_string(group.vectors * plan.lanes);
+  }
+  add("tap_groups", groups);
+  add("sparse_cost", number(plan.sparse_cost));
+  add("dense_cost", number(plan.dense_cost));
+  return lines;
+}
+
+}  // namespace sparsetrain

@@ -1,0 +1,367 @@
+// Runs FWD and BWI over a DataPlan: packs the kernel, then tile by tile scans and sweeps.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "conv.h"
+#include "isa.h"
+#include "parallel.h"
+#include "plan_data.h"
+
+namespace sparsetrain {
+namespace {
+
+// The kernel in the order in which the sweeps read it: [feature block][class][channel block][kernel row][strand], each
+// a filter block [channel][tap][feature].
+class PackedKernel {
+ public:
+  PackedKernel(const DataPlan& plan, int lanes) : plan_(plan), lanes_(lanes) {
+    int64_t taps = 0;
+    for (const ColumnClass& c : plan.classes) {
+      taps_before_.push_back(taps);
+      for (const Strand& s : c.strands) taps += s.taps;
+    }
+    floats_per_feature_ = taps * plan.kernel_rows * padded_channels();
+  }
+
+  int64_t padded_channels() const { return plan_.channel_blocks() * plan_.channel_block; }
+  int64_t vectors(int64_t block) const { return block + 1 == plan_.blocks ? plan_.last_vectors : plan_.vectors; }
+  size_t floats() const {
+    return static_cast<size_t>(floats_per_feature_) * lanes_ *
+           ((plan_.blocks - 1) * plan_.vectors + plan_.last_vectors);
+  }
+
+  // Offset of the filter blocks of (feature block, class, channel block); [kernel row][strand] follow.
+  size_t offset(int64_t block, size_t cls, int64_t channel_block) const {
+    int64_t class_taps = 0;
+    for (const Strand& s : plan_.classes[cls].strands) class_taps += s.taps;
+    const int64_t features = vectors(block) * lanes_;
+    return static_cast<size_t>(block * floats_per_feature_ * plan_.vectors * lanes_ +
+                               (taps_before_[cls] * padded_channels() + channel_block * plan_.channel_block * class_taps) *
+                                   plan_.kernel_rows * features);
+  }
+
+  void pack(const Kernels& kernels, const float* rhs, int64_t block, int64_t channel_block, float* packed) const {
+    const int64_t features = vectors(block) * lanes_, f0 = block * plan_.vectors * lanes_;
+    const int64_t valid = std::min(features, plan_.features - f0);
+    const int64_t c0 = channel_block * plan_.channel_block;
+    const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - c0);
+    for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
+      float* dst = packed + offset(block, cls, channel_block);
+      for (int64_t r = 0; r < plan_.kernel_rows; ++r) {
+        for (const Strand& strand : plan_.classes[cls].strands) {
+          const int64_t pitch = strand.taps * features;
+          for (int t = 0; t < strand.taps; ++t) {
+            const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
+            if (plan_.op == DataOp::kFwd) {
+              const float* src = rhs + (tap * plan_.channels + c0) * plan_.features + f0;
+              for (int64_t c = 0; c < channels; ++c) {
+                float* to = dst + c * pitch + t * features;
+                std::memcpy(to, src + c * plan_.features, valid * sizeof(float));
+                std::fill(to + valid, to + features, 0.0f);
+              }
+            } else {
+              const float* src = rhs + (tap * plan_.features + f0) * plan_.channels + c0;
+              const int64_t whole = (valid + lanes_ - 1) / lanes_ * lanes_;
+              kernels.data.transpose(src, plan_.channels, dst + t * features, pitch, static_cast<int>(valid),
+                                     static_cast<int>(channels));
+              for (int64_t c = 0; c < channels && whole < features; ++c) {
+                std::fill(dst + c * pitch + t * features + whole, dst + c * pitch + (t + 1) * features, 0.0f);
+              }
+            }
+          }
+          dst += plan_.channel_block * pitch;
+        }
+      }
+    }
+  }
+
+ private:
+  const DataPlan& plan_;
+  int lanes_;
+  int64_t floats_per_feature_;
+  std::vector<int64_t> taps_before_;
+};
+
+// Range of pixels or columns along x.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The input of one tile: which rows and pixels, their masks and values.
+class TileInput {
+ public:
+  TileInput(const DataPlan& plan, Range rows, Range columns) : plan_(plan) {
+    for (int64_t n = rows.begin / plan.out_rows; n * plan.out_rows < rows.end; ++n) {
+      const int64_t y0 = std::max<int64_t>(0, rows.begin - n * plan.out_rows);
+      const int64_t y1 = std::min(plan.out_rows, rows.end - n * plan.out_rows);
+      const auto [begin, end] = plan.input_rows(y0, y1);
+      images_.push_back({n, {begin, end}, rows_});
+      rows_ += end - begin;
+    }
+    const int64_t step = plan.classes.front().step;
+    for (size_t p = 0; p < plan.phases.size(); ++p) {
+      Range pixels{plan.phases[p].pixels, 0};
+      for (const ColumnClass& c : plan.classes) {
+        const Range u{columns.begin / step, std::min(c.columns, columns.end / step)};
+        for (const Strand& s : c.strands) {
+          if (s.phase != static_cast<int>(p)) continue;
+          pixels.begin = std::min(pixels.begin, std::max<int64_t>(0, u.begin - s.first - s.taps + 1));
+          pixels.end = std::max(pixels.end, std::min(plan.phases[p].pixels, u.end - s.first));
+        }
+      }
+      if (pixels.end < pixels.begin) pixels.end = pixels.begin;
+      phases_.push_back({pixels, slot_});
+      slot_ += pixels.size();
+    }
+  }
+
+  int64_t scratch_bytes() const {
+    return Scratch::size<uint64_t>(masks()) + (plan_.copy ? Scratch::size<float>(values()) : 0) +
+           (plan_.copy ? 0 : Scratch::size<uint64_t>(1));
+  }
+
+  void take(Scratch& scratch) {
+    masks_ = scratch.take<uint64_t>(masks());
+    values_ = plan_.copy ? scratch.take<float>(values()) : nullptr;
+  }
+
+  // Returns the number of non-zeros.
+  int64_t scan(const Kernels& kernels, const float* input) {
+    input_ = input;
+    int64_t count = 0;
+    for (const Image& image : images_) {
+      for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
+        const int64_t row = image.slot + y - image.rows.begin;
+        for (size_t p = 0; p < phases_.size(); ++p) {
+          if (phases_[p].pixels.size() == 0) continue;
+          ScanArgs args{};
+          args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
+          args.value_pitch = plan_.phases[p].step * plan_.channels;
+          args.pixels = static_cast<int>(phases_[p].pixels.size());
+          args.channels = static_cast<int>(plan_.channels);
+          args.block = plan_.channel_block;
+          args.masks = masks_ + mask_index(row, p, 0);
+          args.mask_pitch = rows_ * slot_;
+          args.copy = plan_.copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
+          args.copy_pitch = rows_ * slot_ * plan_.channel_block;
+          count += kernels.data.scan(args);
+        }
+      }
+    }
+    return count;
+  }
+
+  int64_t elements() const { return rows_ * slot_ * plan_.channels; }
+
+  // For dense tiles: every existing channel of every pixel is visited.
+  void fill_masks() {
+    for (int64_t b = 0; b < plan_.channel_blocks(); ++b) {
+      const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - b * plan_.channel_block);
+      const uint64_t mask = channels == 64 ? ~uint64_t{0} : (uint64_t{1} << channels) - 1;
+      std::fill_n(masks_ + b * rows_ * slot_, rows_ * slot_, mask);
+    }
+  }
+
+  // Points a sweep at input row y of image n, for the columns `u` of a strand.
+  void aim(int64_t n, int64_t y, const Strand& strand, Range u, int64_t channel_block, SweepArgs* args) const {
+    const Image& image = images_[n - images_.front().n];
+    const PhaseSlot& phase = phases_[strand.phase];
+    const int64_t begin =
+        std::max(phase.pixels.begin, std::min(phase.pixels.end, u.begin - strand.first - strand.taps + 1));
+    const int64_t end = std::max(begin, std::min(phase.pixels.end, u.end - strand.first));
+    const int64_t index =
+        mask_index(image.slot + y - image.rows.begin, strand.phase, channel_block) + begin - phase.pixels.begin;
+    args->masks = masks_ + index;
+    if (plan_.copy) {
+      args->values = values_ + index * plan_.channel_block;
+      args->value_pitch = plan_.channel_block;
+    } else {
+      args->values = pixel(n, y, strand.phase, begin) + channel_block * plan_.channel_block;
+      args->value_pitch = plan_.phases[strand.phase].step * plan_.channels;
+    }
+    args->pixels = static_cast<int>(end - begin);
+    args->first = static_cast<int>(strand.first + begin - u.begin);
+  }
+
+ private:
+  struct Image {
+    int64_t n;
+    Range rows;
+    int64_t slot;  // of its first row
+  };
+  struct PhaseSlot {
+    Range pixels;
+    int64_t slot;
+  };
+  int64_t masks() const { return plan_.channel_blocks() * rows_ * slot_; }
+  int64_t values() const { return masks() * plan_.channel_block; }
+  int64_t mask_index(int64_t row, size_t phase, int64_t channel_block) const {
+    return (channel_block * rows_ + row) * slot_ + phases_[phase].slot;
+  }
+  const float* pixel(int64_t n, int64_t y, size_t phase, int64_t i) const {
+    const int64_t x = plan_.phases[phase].start + i * plan_.phases[phase].step;
+    return input_ + ((n * plan_.in_rows + y) * plan_.in_columns + x) * plan_.channels;
+  }
+
+  const DataPlan& plan_;
+  std::vector<Image> images_;
+  std::vector<PhaseSlot> phases_;
+  int64_t rows_ = 0, slot_ = 0;
+  const float* input_ = nullptr;
+  uint64_t* masks_ = nullptr;
+  float* values_ = nullptr;
+};
+
+struct Call {
+  const DataPlan& plan;
+  const Kernels& kernels;
+  const PackedKernel& layout;
+  Mode mode;
+  const float* input;
+  const float* packed;
+  float* result;
+  bool stream;
+};
+
+// Sums one feature block of one class of columns over all channels and taps.
+void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, Range rows, Range columns, size_t cls,
+                 int64_t block, float* sums) {
+  const DataPlan& plan = call.plan;
+  const ColumnClass& column_class = plan.classes[cls];
+  const Range u{columns.begin / column_class.step, std::min(column_class.columns, columns.end / column_class.step)};
+  if (u.size() <= 0) return;
+  const int64_t vectors = call.layout.vectors(block), features = vectors * call.kernels.lanes;
+  const int64_t f0 = block * plan.vectors * call.kernels.lanes;
+  const int64_t valid = std::min(features, plan.features - f0);
+  SweepArgs args{};
+  args.pair_mask = pair_mask;
+  args.columns = static_cast<int>(u.size());
+  const auto result_row = [&](int64_t g) {
+    const int64_t x = column_class.start + u.begin * column_class.step;
+    return call.result + (g * plan.out_columns + x) * plan.features + f0;
+  };
+  const auto finish = [&](int64_t g) {
+    args.out = result_row(g);
+    args.out_pitch = column_class.step * plan.features;
+    args.out_features = static_cast<int>(valid);
+    args.stream = call.stream && valid == features;
+  };
+
+  // Kernel rows that exist for each row of the tile: [first, last], or first > last when there are none.
+  std::vector<Range> kernel_rows(rows.size());
+  for (int64_t g = rows.begin; g < rows.end; ++g) {
+    Range& range = kernel_rows[g - rows.begin];
+    range = {plan.kernel_rows, -1};
+    for (int64_t r = 0; r < plan.kernel_rows; ++r) {
+      if (plan.input_row(g % plan.out_rows, r) < 0) continue;
+      range.begin = std::min(range.begin, r);
+      range.end = r;
+    }
+    if (range.end < 0 || column_class.strands.empty()) {
+      args.tile = nullptr;
+      args.pixels = 0;
+      finish(g);
+      call.kernels.data.sweep[1][vectors](args);
+    }
+  }
+
+  const int64_t channel_blocks = plan.channel_blocks();
+  for (int64_t cb = 0; cb < channel_blocks; ++cb) {
+    const float* filter = call.packed + call.layout.offset(block, cls, cb);
+    for (int64_t r = 0; r < plan.kernel_rows; ++r) {
+      for (size_t i = 0; i < column_class.strands.size(); ++i) {
+        const Strand& strand = column_class.strands[i];
+        args.filter = filter;
+        filter += plan.channel_block * strand.taps * features;
+        const auto sweep = call.kernels.data.sweep[strand.taps][vectors];
+        for (int64_t g = rows.begin; g < rows.end; ++g) {
+          const int64_t y = plan.input_row(g % plan.out_rows, r);
+          if (y < 0) continue;
+          const Range& range = kernel_rows[g - rows.begin];
+          float* tile = sums + (g - rows.begin) * u.size() * features;
+          args.tile = cb == 0 && r == range.begin && i == 0 ? nullptr : tile;
+          if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
+            finish(g);
+          } else {
+            args.out = tile;
+            args.out_pitch = features;
+            args.out_features = static_cast<int>(features);
+            args.stream = false;
+          }
+          input.aim(g / plan.out_rows, y, strand, u, cb, &args);
+          sweep(args);
+        }
+      }
+    }
+  }
+}
+
+void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
+  const DataPlan& plan = call.plan;
+  TileInput input(plan, rows, columns);
+  const int64_t sums = rows.size() * columns.size() * plan.vectors * call.kernels.lanes;
+  Scratch& scratch = Scratch::local();
+  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums));
+  input.take(scratch);
+  float* tile = scratch.take<float>(sums);
+  const int64_t nonzeros = input.scan(call.kernels, call.input);
+  const float density = input.elements() > 0 ? static_cast<float>(nonzeros) / static_cast<float>(input.elements()) : 0.0f;
+  const bool dense = call.mode == Mode::kDense || (call.mode == Mode::kAuto && density >= plan.dense_density);
+  if (dense) input.fill_masks();
+  const uint64_t pair_mask = dense || density >= plan.pair_density ? ~uint64_t{0} : 0;
+  if (blocks.begin == 0) {
+    const bool fwd = plan.op == DataOp::kFwd;
+    count(fwd ? (dense ? "conv_fwd/dense" : "conv_fwd/sparse")
+              : (dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse"));
+  }
+  for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile);
+    }
+  }
+}
+
+void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input, const float* rhs, float* result,
+               Executor& executor) {
+  const Kernels& k = kernels();
+  const DataPlan plan = plan_data(op, shape, machine(), k);
+  const PackedKernel layout(plan, k.lanes);
+  SharedBuffer packed(layout.floats() * sizeof(float));
+  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0;
+  const Call call{plan, k, layout, mode, input, packed.as<float>(), result, plan.stream && aligned};
+
+  const int64_t channel_blocks = plan.channel_blocks();
+  const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
+  // Few tiles: give each thread several shares of the features. Each scans the tile again.
+  const int64_t groups =
+      std::clamp<int64_t>(tiles == 0 ? 1 : (3 * executor.concurrency() + tiles - 1) / tiles, 1, plan.blocks);
+  run_phases(executor, {
+                           {plan.blocks * channel_blocks,
+                            [&](int64_t i) { layout.pack(k, rhs, i / channel_blocks, i % channel_blocks, packed.as<float>()); }},
+                           {tiles * groups,
+                            [&](int64_t i) {
+                              const int64_t tile = i / groups, group = i % groups;
+                              const int64_t row = tile / column_tiles * plan.tile_rows;
+                              const int64_t column = tile % column_tiles * plan.tile_columns;
+                              const int64_t step = plan.classes.front().step;
+                              run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
+                                       {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
+                                       {plan.blocks * group / groups, plan.blocks * (group + 1) / groups});
+                            }},
+                       });
+}
+
+}  // namespace
+
+void conv_fwd(const ConvShape& shape, Mode mode, const float* lhs, const float* rhs, float* out, Executor& executor) {
+  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, out, executor);
+}
+
+void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const float* rhs, float* dlhs,
+                    Executor& executor) {
+  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, dlhs, executor);
+}
+
+}  // namespace sparsetrain

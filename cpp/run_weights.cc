@@ -1,0 +1,382 @@
+// BWW: runs a WeightsPlan. kernels_weights.h has the algorithm, plan_weights.h the blocking.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "conv.h"
+#include "isa.h"
+#include "parallel.h"
+#include "plan_weights.h"
+
+namespace sparsetrain {
+namespace {
+
+constexpr ptrdiff_t kLinePad = 16;  // floats between lines of values, so that lines do not share cache sets
+
+int log2_of(int vectors) { return __builtin_ctz(static_cast<unsigned>(vectors)); }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Fraction of non-zeros. Large tensors are sampled, by size alone: short runs at places that a multiplicative hash
+// spreads, so that no period of channels or rows is favoured.
+double density(const float* values, int64_t count) {
+  constexpr int64_t kRun = 64, kRuns = 512;
+  const WeightsKernels& table = kernels().weights;
+  if (count <= 4 * kRun * kRuns) {
+    return static_cast<double>(table.count_nonzero(values, count)) / static_cast<double>(count);
+  }
+  int64_t nonzeros = 0;
+  for (int64_t i = 0; i < kRuns; ++i) {
+    const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
+    const int64_t slot = count / kRuns;
+    const int64_t at = i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24);
+    nonzeros += table.count_nonzero(values + at, kRun);
+  }
+  return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
+}
+
+struct Image {
+  const float* values;
+  int64_t rows, columns, channels;
+  const float* at(int64_t n, int64_t y, int64_t x) const { return values + ((n * rows + y) * columns + x) * channels; }
+};
+
+// A block of pixels of a class: first image, row and column, and how many of each.
+struct Block {
+  int64_t image, row, column, images, rows, columns;
+};
+
+Block block_of(const WeightsPlan& plan, const PixelClass& cls, int64_t index) {
+  Block b;
+  b.column = index % cls.blocks[2] * cls.block_columns;
+  b.row = index / cls.blocks[2] % cls.blocks[1] * cls.block_rows;
+  b.image = index / (cls.blocks[2] * cls.blocks[1]) * cls.block_images;
+  b.images = std::min(cls.block_images, plan.shape.n - b.image);
+  b.rows = std::min(cls.block_rows, cls.rows.count - b.row);
+  b.columns = std::min(cls.block_columns, cls.columns.count - b.column);
+  return b;
+}
+
+// The channels and features of drhs that an item computes, and its chunk of the pixels.
+struct Item {
+  int64_t channel, channels, feature, features, chunk;
+};
+
+Item item_of(const WeightsPlan& plan, int64_t index) {
+  const int64_t channel_blocks = ceil_div(plan.channels, plan.channel_block);
+  const int64_t feature_blocks = ceil_div(plan.features, plan.feature_block);
+  Item item;
+  item.channel = index % channel_blocks * plan.channel_block;
+  item.channels = std::min(plan.channel_block, plan.channels - item.channel);
+  item.feature = index / channel_blocks % feature_blocks * plan.feature_block;
+  item.features = std::min(plan.feature_block, plan.features - item.feature);
+  item.chunk = index / (channel_blocks * feature_blocks);
+  return item;
+}
+
+// Calls f(step's first feature, features, vectors, offset of its sums in the panel) for each step of a group.
+// `offset` runs on from group to group.
+template <class F>
+void for_steps(const WeightsPlan& plan, const TapGroup& group, const Item& item, int64_t& offset, F&& f) {
+  const int64_t taps = group.rows.taps * group.columns.taps;
+  for (int64_t first = 0; first < item.features;) {
+    const int vectors = step_vectors(item.features - first, group.vectors, plan.lanes);
+    const int64_t width = vectors * plan.lanes, features = std::min(width, item.features - first);
+    f(first, static_cast<int>(features), vectors, offset);
+    offset += round_up(plan.channel_block, 24) * taps * width;
+    first += features;
+  }
+}
+
+int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item& item) {
+  int64_t offset = 0;
+  for (const TapGroup& group : cls.groups) for_steps(plan, group, item, offset, [](int64_t, int, int, int64_t) {});
+  return offset;
+}
+
+// Scratch of one thread.
+struct ItemScratch {
+  const float** pixels;  // of a block's positions
+  float* zeros;
+  float* values;  // packed pixels of the checked operand
+  uint64_t* masks;
+  float* dense;  // a step's block of the dense operand
+  float* panel;
+};
+
+class WeightsRun {
+ public:
+  WeightsRun(const WeightsPlan& plan, const float* lhs, const float* g, float* drhs)
+      : plan_(plan), table_(kernels().weights), drhs_(drhs) {
+    const ConvShape& s = plan.shape;
+    const Image lhs_image = {lhs, s.h, s.w, s.c}, g_image = {g, s.oh, s.ow, s.k};
+    checked_ = plan.lhs_checked ? lhs_image : g_image;
+    dense_ = plan.lhs_checked ? g_image : lhs_image;
+    size_scratch();
+  }
+
+  int64_t items() const {
+    return ceil_div(plan_.channels, plan_.channel_block) * ceil_div(plan_.features, plan_.feature_block) * plan_.chunks;
+  }
+  size_t chunk_panel_bytes() const { return all_panels_ * sizeof(float); }
+
+  // `chunk_panels`: room for all sums of each chunk, or null when there is one chunk only.
+  void run(int64_t index, float* chunk_panels) const {
+    const Item item = item_of(plan_, index);
+    ItemScratch scratch = take_scratch();
+    int64_t base = 0;
+    for (const PixelClass& cls : plan_.classes) {
+      if (chunk_panels != nullptr) scratch.panel = chunk_panels + item.chunk * all_panels_ + base;
+      run_class(cls, item, scratch);
+      if (chunk_panels == nullptr && !direct()) store(cls, item, scratch.panel);
+      base += panel_floats(plan_, cls, item);
+    }
+  }
+
+  // Adds the chunks' sums, in order, and stores them.
+  void reduce(int64_t index, float* chunk_panels) const {
+    const PixelClass& cls = plan_.classes[index];
+    const Item item = item_of(plan_, 0);
+    int64_t base = 0;
+    for (int64_t i = 0; i < index; ++i) base += panel_floats(plan_, plan_.classes[i], item);
+    const int64_t floats = panel_floats(plan_, cls, item);
+    float* sums = chunk_panels + base;
+    for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
+      const float* more = sums + chunk * all_panels_;
+      for (int64_t i = 0; i < floats; ++i) sums[i] += more[i];
+    }
+    store(cls, item, sums);
+  }
+
+ private:
+  // The last walk of a panel writes drhs itself.
+  bool direct() const { return plan_.lhs_checked && plan_.chunks == 1; }
+
+  void size_scratch() {
+    const Item item = item_of(plan_, 0);
+    for (const PixelClass& cls : plan_.classes) {
+      positions_ = std::max(positions_, cls.positions);
+      for (const TapGroup& group : cls.groups) {
+        const int64_t halo = group.rows.taps * cls.pitch + group.columns.taps;
+        dense_floats_ = std::max(dense_floats_, (cls.positions + halo) * group.vectors * plan_.lanes);
+      }
+      const int64_t floats = panel_floats(plan_, cls, item);
+      all_panels_ += floats;
+      panel_floats_ = std::max(panel_floats_, floats);
+    }
+    if (plan_.chunks > 1) panel_floats_ = 0;  // they live in the shared buffer
+    line_ = positions_ + kLinePad;
+  }
+
+  ItemScratch take_scratch() const {
+    const int64_t lines = round_up(plan_.channel_block, 24) + 64, words = positions_ / 64 + 1;
+    const int64_t values = lines * line_, zeros = plan_.channel_block + 64;
+    Scratch& scratch = Scratch::local();
+    scratch.begin(Scratch::size<float*>(positions_) + Scratch::size<float>(zeros) + Scratch::size<float>(values) +
+                  Scratch::size<uint64_t>(lines * words) + Scratch::size<float>(dense_floats_) +
+                  Scratch::size<float>(panel_floats_));
+    ItemScratch s;
+    s.pixels = scratch.take<const float*>(positions_);
+    s.zeros = scratch.take<float>(zeros);
+    s.values = scratch.take<float>(values);
+    s.masks = scratch.take<uint64_t>(lines * words);
+    s.dense = scratch.take<float>(dense_floats_);
+    s.panel = scratch.take<float>(panel_floats_);
+    std::memset(s.zeros, 0, zeros * sizeof(float));
+    return s;
+  }
+
+  void run_class(const PixelClass& cls, const Item& item, const ItemScratch& scratch) const {
+    const int64_t blocks = cls.block_count();
+    const int64_t begin = blocks * item.chunk / plan_.chunks, end = blocks * (item.chunk + 1) / plan_.chunks;
+    for (int64_t index = begin; index < end; ++index) {
+      const Block block = block_of(plan_, cls, index);
+      WeightsWalkArgs walk = {};
+      WeightsTileArgs tile = {};
+      int64_t positions = 0;
+      if (plan_.sparse) {
+        positions = point_at_positions(cls, block, item, scratch);
+        pack(positions, item, scratch);
+      } else {
+        positions = point_at_pixels(cls, block, item, scratch);
+      }
+      int grouped = -1;
+      int64_t offset = 0;
+      for (const TapGroup& group : cls.groups) {
+        for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
+          copy_dense(cls, group, block, item.feature + first, features, vectors, scratch);
+          const WeightsPanel panel = panel_of(group, item, first, features, scratch.panel + sums, index == begin,
+                                              direct() && index + 1 == end);
+          const int choice = log2_of(vectors);
+          if (plan_.sparse) {
+            walk = {scratch.values, line_, scratch.masks, static_cast<int>(positions / 64),
+                    static_cast<int>(item.channels), plan_.pairs, scratch.dense, cls.pitch, panel};
+            table_.walk[group.rows.taps][group.columns.taps][choice](walk);
+          } else {
+            const ptrdiff_t group_pitch = positions * table_.tile_channels[choice] + 2 * kLinePad;
+            if (grouped != choice) {
+              table_.group[choice]({scratch.pixels, positions, static_cast<int>(item.channels), scratch.values, group_pitch});
+              grouped = choice;
+            }
+            tile = {scratch.values,
+                    group_pitch,
+                    static_cast<int>(item.channels),
+                    static_cast<int>(block.images),
+                    static_cast<int>(block.rows),
+                    static_cast<int>(block.columns),
+                    scratch.dense,
+                    cls.image_rows * cls.pitch,
+                    cls.pitch,
+                    group.rows.taps,
+                    group.columns.taps,
+                    cls.pitch,
+                    panel};
+            table_.tile[choice](tile);
+          }
+        });
+      }
+    }
+  }
+
+  // A pointer per position of the block, rows `pitch` apart; positions between rows point to zeros.
+  int64_t point_at_positions(const PixelClass& cls, const Block& block, const Item& item,
+                             const ItemScratch& scratch) const {
+    const int64_t used = block.images == 0 || block.rows == 0 || block.columns == 0
+                             ? 0
+                             : ((block.images - 1) * cls.image_rows + block.rows - 1) * cls.pitch + block.columns;
+    const int64_t positions = round_up(used, 64);
+    std::fill_n(scratch.pixels, positions, scratch.zeros);
+    for_rows(cls, block, item, [&](int64_t image, int64_t row, const float* pixel, int64_t step) {
+      const float** to = scratch.pixels + (image * cls.image_rows + row) * cls.pitch;
+      for (int64_t x = 0; x < block.columns; ++x, pixel += step) to[x] = pixel;
+    });
+    return positions;
+  }
+
+  // A pointer per pixel of the block, without gaps.
+  int64_t point_at_pixels(const PixelClass& cls, const Block& block, const Item& item,
+                          const ItemScratch& scratch) const {
+    const float** to = scratch.pixels;
+    for_rows(cls, block, item, [&](int64_t, int64_t, const float* pixel, int64_t step) {
+      for (int64_t x = 0; x < block.columns; ++x, pixel += step) *to++ = pixel;
+    });
+    return to - scratch.pixels;
+  }
+
+  // Calls f(image, row, first pixel, floats between pixels) for the rows of a block of the checked operand.
+  template <class F>
+  void for_rows(const PixelClass& cls, const Block& block, const Item& item, F&& f) const {
+    const int64_t step = cls.columns.step * checked_.channels;
+    for (int64_t image = 0; image < block.images; ++image) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t y = cls.rows.start + (block.row + row) * cls.rows.step;
+        const int64_t x = cls.columns.start + block.column * cls.columns.step;
+        f(image, row, checked_.at(block.image + image, y, x) + item.channel, step);
+      }
+    }
+  }
+
+  void pack(int64_t positions, const Item& item, const ItemScratch& scratch) const {
+    table_.pack({scratch.pixels, static_cast<int>(positions), static_cast<int>(item.channels), scratch.values, line_,
+                 scratch.masks});
+  }
+
+  // The block of the dense operand that a group's taps meet, zero where they meet padding.
+  void copy_dense(const PixelClass& cls, const TapGroup& group, const Block& block, int64_t feature, int features,
+                  int vectors, const ItemScratch& scratch) const {
+    const TapAxis &rows = group.rows, &columns = group.columns;
+    const int64_t width = static_cast<int64_t>(vectors) * plan_.lanes;
+    const int64_t want = block.columns + columns.taps - 1, first = block.column + columns.offset;
+    const int64_t left = std::clamp<int64_t>(-first, 0, want);
+    const int64_t right = std::clamp<int64_t>(columns.count - first, left, want);
+    const int64_t pitch = columns.step * dense_.channels;
+    for (int64_t image = 0; image < block.images; ++image) {
+      for (int64_t row = 0; row < block.rows + rows.taps - 1; ++row) {
+        float* to = scratch.dense + (image * cls.image_rows + row) * cls.pitch * width;
+        const int64_t y = block.row + rows.offset + row;
+        if (y < 0 || y >= rows.count || left == right) {
+          std::memset(to, 0, want * width * sizeof(float));
+          continue;
+        }
+        std::memset(to, 0, left * width * sizeof(float));
+        const float* from = dense_.at(block.image + image, rows.start + y * rows.step,
+                                      columns.start + (first + left) * columns.step);
+        table_.copy({from + feature, pitch, right - left, features, to + left * width, static_cast<int>(width)});
+        std::memset(to + right * width, 0, (want - right) * width * sizeof(float));
+      }
+    }
+  }
+
+  // Where drhs has tap 0 of a group, for a channel of the checked and a feature of the dense operand.
+  float* drhs_at(const TapGroup& group, int64_t channel, int64_t feature) const {
+    const ConvShape& s = plan_.shape;
+    const int64_t c = plan_.lhs_checked ? channel : feature, k = plan_.lhs_checked ? feature : channel;
+    return drhs_ + ((group.rows.tap * s.s + group.columns.tap) * s.c + c) * s.k + k;
+  }
+
+  WeightsPanel panel_of(const TapGroup& group, const Item& item, int64_t first, int features, float* sums,
+                        bool first_block, bool to_drhs) const {
+    const ConvShape& s = plan_.shape;
+    float* out = to_drhs ? drhs_at(group, item.channel, item.feature + first) : nullptr;
+    return {sums, first_block, out, s.k, group.rows.tap_step * s.s * s.c * s.k, group.columns.tap_step * s.c * s.k,
+            features};
+  }
+
+  void store(const PixelClass& cls, const Item& item, const float* panel) const {
+    const ConvShape& s = plan_.shape;
+    int64_t offset = 0;
+    for (const TapGroup& group : cls.groups) {
+      const int taps = group.rows.taps * group.columns.taps;
+      for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
+        const int64_t width = static_cast<int64_t>(vectors) * plan_.lanes;
+        for (int t = 0; t < taps; ++t) {
+          const float* from = panel + sums + t * width;
+          float* to = drhs_at(group, item.channel, item.feature + first) +
+                      (t / group.columns.taps * group.rows.tap_step * s.s +
+                       t % group.columns.taps * group.columns.tap_step) *
+                          s.c * s.k;
+          if (plan_.lhs_checked) {
+            for (int64_t c = 0; c < item.channels; ++c) {
+              std::memcpy(to + c * s.k, from + c * taps * width, features * sizeof(float));
+            }
+          } else {
+            table_.transpose({from, taps * width, static_cast<int>(item.channels), features, to, s.k});
+          }
+        }
+      });
+    }
+  }
+
+  const WeightsPlan& plan_;
+  const WeightsKernels& table_;
+  Image checked_, dense_;
+  float* drhs_;
+  int64_t positions_ = 0, line_ = 0, dense_floats_ = 0, panel_floats_ = 0, all_panels_ = 0;
+};
+
+}  // namespace
+
+void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const float* g, float* drhs,
+                      Executor& executor) {
+  const Kernels& isa = kernels();
+  Densities densities;
+  if (mode != Mode::kDense) {
+    densities.lhs = density(lhs, shape.n * shape.h * shape.w * shape.c);
+    densities.g = density(g, shape.n * shape.oh * shape.ow * shape.k);
+  }
+  const WeightsPlan plan =
+      plan_weights(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
+  count(plan.sparse ? "conv_bwd_weights/sparse" : "conv_bwd_weights/dense");
+  const WeightsRun run(plan, lhs, g, drhs);
+  if (plan.chunks == 1) {
+    run_phases(executor, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});
+    return;
+  }
+  SharedBuffer panels(plan.chunks * run.chunk_panel_bytes());
+  float* sums = panels.as<float>();
+  run_phases(executor, {{run.items(), [&run, sums](int64_t item) { run.run(item, sums); }},
+                        {static_cast<int64_t>(plan.classes.size()),
+                         [&run, sums](int64_t index) { run.reduce(index, sums); }}});
+}
+
+}  // namespace sparsetrain

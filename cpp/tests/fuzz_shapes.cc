@@ -1,0 +1,132 @@
+// Random shapes through the three operations, against a plain loop over the definition in conv.h, on every ISA of the
+// machine. Small integers, so that every order of summation gives the same bits. Meant to be built with sanitizers:
+// .ci/sanitize does. Usage: fuzz_shapes [cases] [seed]
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "conv.h"
+#include "isa.h"
+#include "parallel.h"
+
+using namespace sparsetrain;
+
+namespace {
+
+// Helpers that start at once, late, or never.
+class FuzzExecutor : public Executor {
+ public:
+  explicit FuzzExecutor(int threads) : threads_(threads) {}
+  ~FuzzExecutor() override {
+    for (std::thread& t : workers_) t.join();
+    for (auto& task : late_) task();
+  }
+  int concurrency() const override { return threads_; }
+  void schedule(std::function<void()> task) override {
+    if (++scheduled_ % 3 == 0) {
+      late_.push_back(std::move(task));
+    } else {
+      workers_.emplace_back(std::move(task));
+    }
+  }
+
+ private:
+  int threads_, scheduled_ = 0;
+  std::vector<std::thread> workers_;
+  std::vector<std::function<void()>> late_;
+};
+
+struct Case {
+  ConvShape s;
+  std::vector<float> lhs, rhs, g;
+};
+
+template <class F>
+void for_each_product(const ConvShape& s, F f) {
+  for (int64_t n = 0; n < s.n; ++n)
+    for (int64_t oy = 0; oy < s.oh; ++oy)
+      for (int64_t ox = 0; ox < s.ow; ++ox)
+        for (int64_t r = 0; r < s.r; ++r)
+          for (int64_t q = 0; q < s.s; ++q) {
+            const int64_t y = oy * s.stride_h + r - s.pad_top, x = ox * s.stride_w + q - s.pad_left;
+            if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
+            f(((n * s.h + y) * s.w + x) * s.c, (r * s.s + q) * s.c * s.k, ((n * s.oh + oy) * s.ow + ox) * s.k);
+          }
+}
+
+bool same(const char* op, const char* isa, const Case& c, const std::vector<float>& want, const std::vector<float>& got) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (want[i] == got[i]) continue;
+    const ConvShape& s = c.s;
+    std::printf("%s %s: [%zu] is %g, should be %g; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld out %ldx%ld\n",
+                isa, op, i, got[i], want[i], (long)s.n, (long)s.h, (long)s.w, (long)s.c, (long)s.r, (long)s.s, (long)s.k,
+                (long)s.stride_h, (long)s.stride_w, (long)s.pad_top, (long)s.pad_left, (long)s.oh, (long)s.ow);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
+  std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 1);
+  const auto pick = [&](std::vector<int64_t> v) { return v[random() % v.size()]; };
+  int passed = 0, failed = 0;
+  for (int i = 0; i < cases; ++i) {
+    Case c;
+    ConvShape& s = c.s;
+    s.n = pick({1, 1, 2, 5});
+    s.h = pick({1, 2, 3, 5, 7, 14});
+    s.w = pick({1, 2, 3, 4, 7, 8, 15, 33});
+    s.c = pick({1, 3, 8, 15, 16, 17, 33, 64, 100});
+    s.k = pick({1, 3, 8, 15, 16, 17, 33, 64, 130});
+    s.r = pick({1, 1, 2, 3, 3, 5, 7, 9});
+    s.s = pick({1, 1, 2, 3, 3, 4, 5, 7, 11});
+    s.stride_h = pick({1, 1, 2, 3});
+    s.stride_w = pick({1, 1, 2, 3, 4});
+    s.pad_top = random() % (s.r + 2);
+    s.pad_left = random() % (s.s + 2);
+    const int64_t h = s.h + s.pad_top + random() % (s.r + 1) - s.r, w = s.w + s.pad_left + random() % (s.s + 1) - s.s;
+    if (h < 0 || w < 0) continue;
+    s.oh = h / s.stride_h + 1;
+    s.ow = w / s.stride_w + 1;
+    const double density = pick({0, 5, 30, 60, 100}) / 100.0;
+    const auto fill = [&](std::vector<float>& v, int64_t size, double d) {
+      v.resize(size);
+      for (float& x : v) x = (random() % 1000) / 1000.0 < d ? static_cast<float>(static_cast<int>(random() % 9) - 4) : 0.0f;
+    };
+    fill(c.lhs, s.n * s.h * s.w * s.c, density);
+    fill(c.rhs, s.r * s.s * s.c * s.k, 1);
+    fill(c.g, s.n * s.oh * s.ow * s.k, pick({0, 10, 50, 100}) / 100.0);
+    std::vector<float> out(c.g.size()), dlhs(c.lhs.size()), drhs(c.rhs.size());
+    for_each_product(s, [&](int64_t a, int64_t b, int64_t o) {
+      for (int64_t ci = 0; ci < s.c; ++ci)
+        for (int64_t ki = 0; ki < s.k; ++ki) {
+          out[o + ki] += c.lhs[a + ci] * c.rhs[b + ci * s.k + ki];
+          dlhs[a + ci] += c.g[o + ki] * c.rhs[b + ci * s.k + ki];
+          drhs[b + ci * s.k + ki] += c.lhs[a + ci] * c.g[o + ki];
+        }
+    });
+    const Mode mode = static_cast<Mode>(random() % 3);
+    for (const std::string& isa : available_isas()) {
+      set_isa(isa);
+      std::vector<float> got_out(out.size(), 77), got_dlhs(dlhs.size(), 77), got_drhs(drhs.size(), 77);
+      {
+        FuzzExecutor executor(static_cast<int>(random() % 4) + 1);
+        conv_fwd(s, mode, c.lhs.data(), c.rhs.data(), got_out.data(), executor);
+        conv_bwd_input(s, mode, c.g.data(), c.rhs.data(), got_dlhs.data(), executor);
+        conv_bwd_weights(s, mode, c.lhs.data(), c.g.data(), got_drhs.data(), executor);
+      }
+      const bool ok = same("conv_fwd", isa.c_str(), c, out, got_out) &
+                      same("conv_bwd_input", isa.c_str(), c, dlhs, got_dlhs) &
+                      same("conv_bwd_weights", isa.c_str(), c, drhs, got_drhs);
+      ok ? ++passed : ++failed;
+    }
+    if (failed > 10) break;
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
