@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -49,10 +50,33 @@ class SparseConv(nnx.Conv):
             out_features,
             kernel_size,
             strides,
-            conv_general_dilated=conv_general_dilated or ConvHook(relu_input, mode),
+            conv_general_dilated=ConvHook(relu_input, mode) if conv_general_dilated is None else conv_general_dilated,
             rngs=rngs,
             **arguments,
         )
+
+    @property
+    def relu_input(self) -> bool:
+        """The promise that the input comes out of a ReLU; can be set. False with a ``conv_general_dilated`` of yours."""
+        return getattr(self.conv_general_dilated, "relu_input", False)
+
+    @relu_input.setter
+    def relu_input(self, value: bool) -> None:
+        self._replace(relu_input=value)
+
+    @property
+    def mode(self) -> str:
+        """``"auto"``, ``"sparse"`` or ``"dense"``; can be set. ``"auto"`` with a ``conv_general_dilated`` of yours."""
+        return getattr(self.conv_general_dilated, "mode", "auto")
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        self._replace(mode=value)
+
+    def _replace(self, **changes: Any) -> None:
+        if not isinstance(self.conv_general_dilated, ConvHook):
+            raise ValueError(f"{next(iter(changes))} cannot be set: this layer has a conv_general_dilated of its own")
+        self.conv_general_dilated = dataclasses.replace(self.conv_general_dilated, **changes)
 
 
 def sparsify(model: _M) -> _M:

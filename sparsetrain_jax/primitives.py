@@ -155,17 +155,19 @@ def _batch(component: _Component, primitive: Any, args: Sequence[Any], dims: Seq
     """One call with the batch folded into N, C or K where one letter belongs to just the batched operands; else a loop."""
     batched = [dim is not None for dim in dims]
     for letter in _FEATURES:
-        if letter in component.result and all(
-            (letter in letters) == is_batched for letters, is_batched in zip(component.operands, batched, strict=True)
-        ):
+        own = [letter in letters for letters in component.operands]
+        if letter in component.result and own == batched:
             folded = [
-                _fold(arg, dim, letters.index(letter)) if is_batched else arg
-                for arg, dim, letters, is_batched in zip(args, dims, component.operands, batched, strict=True)
+                _fold(arg, dim, letters.index(letter)) if dim is not None else arg
+                for arg, dim, letters in zip(args, dims, component.operands, strict=True)
             ]
-            size = next(arg.shape[dim] for arg, dim, is_batched in zip(args, dims, batched, strict=True) if is_batched)
+            first = batched.index(True)
+            shape = list(args[first].shape)
+            size = shape.pop(dims[first])
+            each = shape[component.operands[first].index(letter)]
             axis = component.result.index(letter)
             out = primitive.bind(*folded, spec=spec)
-            return out.reshape(*out.shape[:axis], size, out.shape[axis] // max(size, 1), *out.shape[axis + 1 :]), axis
+            return out.reshape(*out.shape[:axis], size, each, *out.shape[axis + 1 :]), axis
 
     mapped = [jnp.moveaxis(arg, dim, 0) for arg, dim, is_batched in zip(args, dims, batched, strict=True) if is_batched]
 

@@ -1,0 +1,326 @@
+"""Every kernel against the float64 reference: shapes, strides, paddings, sparsities, instruction sets, modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import COMPONENTS, Case, check, operand_shapes, same, values
+
+from sparsetrain_jax import native, primitives
+from sparsetrain_jax.shapes import MODES, ConvSpec
+
+SPARSITIES = [0.0, 0.3, 0.7, 0.99, 1.0]
+FUNCTIONS = {name: getattr(primitives, f"sparse_conv_{name}") for name in COMPONENTS}
+
+SHAPES = [
+    same(Case(2, 14, 14, 32, 48, 3, 3)),
+    same(Case(3, 13, 15, 32, 32, 3, 3, (2, 2))),
+    Case(1, 12, 11, 64, 33, 3, 3),
+    Case(4, 9, 10, 64, 96, 1, 1),
+    Case(2, 9, 10, 80, 64, 1, 1, (2, 2)),
+    same(Case(2, 12, 12, 20, 40, 5, 5)),
+    same(Case(1, 18, 17, 16, 16, 7, 7)),
+    same(Case(2, 20, 20, 3, 64, 7, 7, (2, 2))),
+    same(Case(2, 16, 16, 3, 32, 3, 3)),
+    Case(2, 8, 30, 24, 24, 1, 3, (1, 1), ((0, 0), (1, 1))),
+    Case(2, 30, 8, 24, 24, 3, 1, (1, 2), ((1, 1), (0, 0))),
+    Case(2, 11, 12, 17, 31, 2, 4, (3, 2), ((0, 3), (2, 1))),
+    Case(5, 7, 7, 128, 130, 3, 3, (1, 1), ((1, 1), (1, 1))),
+    Case(1, 40, 41, 16, 32, 3, 3, (1, 1), ((2, 2), (2, 2))),
+]
+
+ADVERSARIAL = [
+    Case(1, 1, 1, 1, 1, 1, 1),
+    Case(2, 1, 1, 17, 15, 3, 3, (1, 1), ((1, 1), (1, 1))),
+    Case(1, 1, 1, 16, 16, 3, 3, (2, 2), ((1, 1), (1, 1))),
+    Case(2, 2, 3, 15, 17, 5, 5, (1, 1), ((4, 4), (4, 4))),  # padding as wide as the kernel allows
+    Case(1, 2, 2, 8, 8, 7, 7, (1, 1), ((3, 3), (3, 3))),  # kernel larger than the image
+    Case(1, 3, 3, 4, 4, 3, 3, (1, 1), ((5, 6), (7, 5))),  # windows that see only padding
+    Case(1, 5, 5, 4, 4, 2, 2, (3, 3)),  # pixels that no window sees
+    Case(1, 6, 6, 4, 4, 1, 1, (5, 5)),
+    Case(1, 6, 6, 4, 4, 2, 2, (7, 9)),  # one window
+    same(Case(2, 6, 6, 1, 1, 3, 3)),
+    same(Case(2, 6, 6, 1, 16, 3, 3)),
+    same(Case(2, 6, 6, 16, 1, 3, 3)),
+    same(Case(2, 6, 7, 15, 17, 3, 3)),
+    same(Case(2, 6, 7, 17, 15, 3, 3, (2, 1))),
+    Case(1, 1, 50, 5, 9, 1, 9, (1, 1), ((0, 0), (8, 0))),
+    Case(17, 1, 1, 33, 47, 1, 1),
+    Case(1, 9, 9, 3, 5, 9, 9, (1, 1), ((0, 0), (0, 0))),  # kernel of the size of the image
+    Case(1, 4, 4, 3, 5, 11, 11, (1, 1), ((8, 8), (8, 8))),
+]
+
+EMPTY = [
+    same(Case(0, 6, 6, 4, 8, 3, 3)),
+    same(Case(2, 6, 6, 0, 8, 3, 3)),
+    same(Case(2, 6, 6, 4, 0, 3, 3)),
+    Case(2, 2, 2, 4, 8, 3, 3),  # no window fits
+    Case(2, 0, 6, 4, 8, 3, 3, (1, 1), ((1, 1), (1, 1))),
+]
+
+
+def spec_of(case: Case, mode: str = "auto") -> ConvSpec:
+    return ConvSpec((case.h, case.w), (case.r, case.s), case.strides, case.padding, mode)
+
+
+def run(component: str, case: Case, a: Any, b: Any, mode: str = "auto") -> np.ndarray:
+    return np.asarray(FUNCTIONS[component](jnp.asarray(a), jnp.asarray(b), spec=spec_of(case, mode)))
+
+
+def seed(*key: Any) -> np.random.Generator:
+    return np.random.default_rng(list(repr(key).encode()))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_results_are_within_the_error_bound_of_the_reference(
+    component: str, case: Case, sparsity: float, isa: str
+) -> None:
+    rng = seed(component, case, sparsity)
+    first, second = operand_shapes(component, case)
+    a, b = values(rng, first, sparsity), values(rng, second)
+    for mode in MODES:
+        check(component, case, run(component, case, a, b, mode), a, b)
+
+
+@pytest.mark.parametrize("pattern", ["blobs", "images", "channels"])
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[11]], ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_uneven_zeros_give_the_same_results(component: str, case: Case, pattern: str, isa: str) -> None:
+    rng = seed(component, case, pattern)
+    first, second = operand_shapes(component, case)
+    a, b = values(rng, first, 0.6, pattern), values(rng, second)
+    for mode in MODES:
+        check(component, case, run(component, case, a, b, mode), a, b)
+
+
+@pytest.mark.parametrize("case", [*SHAPES, *ADVERSARIAL], ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_small_integers_give_the_exact_result(component: str, case: Case, isa: str) -> None:
+    rng = seed("integers", component, case)
+    first, second = operand_shapes(component, case)
+    for sparsity_a, sparsity_b in ((0.0, 0.0), (0.4, 0.0), (0.5, 0.8), (0.97, 0.2), (1.0, 0.0)):
+        a = values(rng, first, sparsity_a, integers=True)
+        b = values(rng, second, sparsity_b, integers=True)
+        want = COMPONENTS[component](case, a, b).astype(np.float32)
+        for mode in MODES:
+            np.testing.assert_array_equal(run(component, case, a, b, mode), want, err_msg=f"{sparsity_a} {mode}")
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_position_of_a_single_nonzero_is_found(component: str, isa: str) -> None:
+    case = same(Case(2, 3, 5, 18, 19, 3, 3))
+    first, second = operand_shapes(component, case)
+    b = values(seed("single", component), second, integers=True)
+    size = int(np.prod(first))
+    for position in range(0, size, 7):
+        a = np.zeros(first, np.float32)
+        a.flat[position] = 3
+        want = COMPONENTS[component](case, a, b).astype(np.float32)
+        np.testing.assert_array_equal(run(component, case, a, b, "sparse"), want, err_msg=f"position {position}")
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_empty_arrays_give_zeros_of_the_right_shape(component: str, case: Case) -> None:
+    first, second = operand_shapes(component, case)
+    got = run(component, case, np.ones(first, np.float32), np.ones(second, np.float32))
+    np.testing.assert_array_equal(got, COMPONENTS[component](case, np.ones(first), np.ones(second)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[1], SHAPES[3], ADVERSARIAL[12]], ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_narrow_dtypes_accumulate_in_float32(component: str, case: Case, dtype: str, isa: str) -> None:
+    rng = seed("narrow", component, case, dtype)
+    a, b = (jnp.asarray(values(rng, shape, 0.5) / 4, dtype) for shape in operand_shapes(component, case))
+    got = run(component, case, a, b)
+    check(component, case, got, np.asarray(a, np.float64), np.asarray(b, np.float64), dtype)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_forced_mode_runs_only_that_path(component: str, mode: str, isa: str) -> None:
+    case = SHAPES[0]
+    first, second = operand_shapes(component, case)
+    a, b = values(seed(mode), first, 0.5), values(seed(component), second)
+    native.reset_counters()
+    run(component, case, a, b, mode)
+    counters = {key: count for key, count in native.counters().items() if count}
+    assert set(counters) == {f"conv_{component}/{mode}"}
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_auto_runs_sparse_kernels_where_most_values_are_zero(component: str, isa: str) -> None:
+    case = same(Case(2, 28, 28, 64, 64, 3, 3))
+    first, second = operand_shapes(component, case)
+    b = values(seed(component), second)
+    native.reset_counters()
+    run(component, case, values(seed(1), first, 0.95), b)
+    assert native.counters().get(f"conv_{component}/sparse", 0) > 0
+    assert native.counters().get(f"conv_{component}/dense", 0) == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[3], SHAPES[1]], ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_second_operand_may_be_the_sparse_one(component: str, case: Case, mode: str, isa: str) -> None:
+    rng = seed("second", component, case)
+    first, second = operand_shapes(component, case)
+    a, b = values(rng, first), values(rng, second, 0.9)
+    check(component, case, run(component, case, a, b, mode), a, b)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_repeated_calls_give_the_same_bits(component: str, isa: str) -> None:
+    case = same(Case(3, 17, 19, 48, 72, 3, 3))
+    rng = seed("repeat", component)
+    first, second = operand_shapes(component, case)
+    a, b = values(rng, first, 0.6), values(rng, second)
+    want = run(component, case, a, b)
+    for _ in range(5):
+        np.testing.assert_array_equal(run(component, case, a, b), want)
+
+
+def test_concurrent_callers_get_their_own_results(isa: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = same(Case(2, 14, 14, 32, 48, 3, 3))
+    rng = seed("threads")
+    pairs = [
+        (values(rng, case.lhs_shape, 0.6, integers=True), values(rng, case.rhs_shape, integers=True)) for _ in range(8)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            results = list(pool.map(lambda pair: run("fwd", case, *pair), pairs))
+            for (a, b), got in zip(pairs, results, strict=True):
+                np.testing.assert_array_equal(got, COMPONENTS["fwd"](case, a, b))
+
+
+# Non-finite values and zeros of all kinds
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_nonfinite_values_of_the_checked_operand_propagate(component: str, value: float, mode: str, isa: str) -> None:
+    case = same(Case(1, 9, 9, 20, 24, 3, 3))
+    first, second = operand_shapes(component, case)
+    a, b = values(seed("nan", component), first, 0.7), np.abs(values(seed(component), second)) + 1
+    a[0, 4, 4, 3] = value
+    got = run(component, case, a, b, mode)
+    touched = np.zeros(first)
+    touched[0, 4, 4, 3] = 1
+    touched = COMPONENTS[component](case, touched, np.ones(second)) != 0
+    assert np.all(np.isnan(got[touched]) if np.isnan(value) else got[touched] == value)
+    assert np.all(np.isfinite(got[~touched]))
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_nonfinite_values_of_the_other_operand_propagate_where_they_meet_a_nonzero(component: str, isa: str) -> None:
+    case = Case(1, 6, 6, 16, 16, 1, 1)
+    first, second = operand_shapes(component, case)
+    a, b = np.ones(first, np.float32), np.ones(second, np.float32)
+    b[0, 0, 2, 5] = np.nan
+    for mode in MODES:
+        got = run(component, case, a, b, mode)
+        want = COMPONENTS[component](case, a, b)
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_zero_times_nan_is_zero_or_nan_and_touches_nothing_else(component: str, isa: str) -> None:
+    case = same(Case(1, 6, 7, 16, 18, 3, 3))
+    first, second = operand_shapes(component, case)
+    a, b = values(seed("zero", component), first, 0.5), values(seed(component), second)
+    clean = b.copy()
+    b[-1, 0, 2, 5], clean[-1, 0, 2, 5] = np.nan, 0
+    may_differ = np.isnan(COMPONENTS[component](case, np.zeros(first), b))
+    must = np.zeros(second)
+    must[-1, 0, 2, 5] = 1
+    must_be_nan = COMPONENTS[component](case, np.abs(a), must) != 0
+    for mode in MODES:
+        got = run(component, case, a, b, mode)
+        assert np.isnan(got[must_be_nan]).all()
+        sure = ~(may_differ | must_be_nan)
+        want = COMPONENTS[component](case, a, clean)
+        np.testing.assert_allclose(got[sure], want[sure], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero", [-0.0, 1e-40, -1e-40])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_negative_zeros_and_subnormals_count_as_zero(component: str, zero: float, isa: str) -> None:
+    case = same(Case(1, 8, 8, 16, 16, 3, 3))
+    first, second = operand_shapes(component, case)
+    a, b = values(seed("zeros", component), first, 0.5), values(seed(component), second)
+    with_zeros = np.where(a == 0, np.float32(zero), a)
+    for mode in MODES:
+        check(component, case, run(component, case, with_zeros, b, mode), a, b)
+    native.reset_counters()
+    nothing = np.full(first, zero, np.float32)
+    np.testing.assert_array_equal(run(component, case, nothing, b, "sparse"), 0)
+
+
+# The masked input gradient
+
+
+def run_masked(case: Case, g: Any, rhs: Any, x: Any, mode: str) -> np.ndarray:
+    return np.asarray(primitives.sparse_conv_bwd_input_masked(*map(jnp.asarray, (g, rhs, x)), spec=spec_of(case, mode)))
+
+
+@pytest.mark.parametrize("pattern", ["iid", "blobs"])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_the_masked_input_gradient_is_within_bounds_where_x_is_nonzero_and_zero_elsewhere(
+    case: Case, pattern: str, isa: str
+) -> None:
+    rng = seed("masked", case, pattern)
+    g, rhs = values(rng, case.out_shape, 0.3), values(rng, case.rhs_shape)
+    dense = COMPONENTS["bwd_input"](case, g, rhs)
+    for sparsity in SPARSITIES if pattern == "iid" else [0.6]:
+        x = values(rng, case.lhs_shape, sparsity, pattern)
+        for mode in MODES:
+            got = run_masked(case, g, rhs, x, mode)
+            assert np.all(got[x == 0] == 0)
+            check("bwd_input", case, np.where(x == 0, dense.astype(np.float32), got), g, rhs)
+
+
+@pytest.mark.parametrize("case", [*SHAPES, *ADVERSARIAL], ids=str)
+def test_the_masked_input_gradient_of_small_integers_is_exact(case: Case, isa: str) -> None:
+    rng = seed("masked integers", case)
+    g, rhs = values(rng, case.out_shape, 0.3, integers=True), values(rng, case.rhs_shape, integers=True)
+    for sparsity in (0.0, 0.6, 1.0):
+        x = values(rng, case.lhs_shape, sparsity)
+        want = np.where(x == 0, 0, COMPONENTS["bwd_input"](case, g, rhs)).astype(np.float32)
+        for mode in MODES:
+            np.testing.assert_array_equal(run_masked(case, g, rhs, x, mode), want)
+
+
+def test_the_masked_input_gradient_ignores_nonfinite_gradients_where_x_is_zero(isa: str) -> None:
+    case = same(Case(1, 6, 6, 16, 16, 3, 3))
+    rng = seed("masked nan")
+    g, rhs, x = (
+        np.full(case.out_shape, np.nan, np.float32),
+        values(rng, case.rhs_shape),
+        values(rng, case.lhs_shape, 0.5),
+    )
+    for mode in MODES:
+        got = run_masked(case, g, rhs, x, mode)
+        assert np.all(got[x == 0] == 0) and np.isnan(got[x != 0]).all()
+
+
+def test_results_are_right_for_operands_in_another_memory_order(isa: str) -> None:
+    case = same(Case(2, 7, 9, 16, 24, 3, 3))
+    rng = seed("layout")
+    lhs, rhs = values(rng, case.lhs_shape, 0.5), values(rng, case.rhs_shape)
+
+    @jax.jit
+    def from_nchw(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return primitives.sparse_conv_fwd(lhs.transpose(0, 2, 3, 1), rhs.transpose(2, 3, 1, 0), spec=spec_of(case))
+
+    got = from_nchw(jnp.asarray(lhs.transpose(0, 3, 1, 2)), jnp.asarray(rhs.transpose(3, 2, 0, 1)))
+    check("fwd", case, np.asarray(got), lhs, rhs)
