@@ -178,7 +178,7 @@ def plot(totals: list[Total], path: str) -> None:
             axis.text(x, bottom, f"{1 / bottom:.2f}x", ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(networks)), networks)
     axis.set_ylabel("time, oneDNN = 1")
-    axis.set_title("All convolutions but the first, FWD + BWI + BWW, recorded sparsity (labels: speed against oneDNN)")
+    axis.set_title("Convolutions but the first, FWD + BWI + BWW, at recorded sparsity; labels: speed", fontsize=9)
     axis.legend(fontsize=7, ncols=len(people), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
