@@ -547,15 +547,12 @@ def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: An
 def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     if 0 in (*dims, *spec.output_size):
         return Component("dense", "an empty array: the result is zeros", {})
-    plan = native.plan(f"conv_{name}", dims, list(spec.geometry))
+    plan = native.plan(name, dims, spec.geometry)
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
-    limit = float(plan.get("break_even_density", 1.0))
-    skipped = {"fwd": "the input", "bwd_input": "the output's gradient", "bwd_weights": "the cheaper operand"}[name]
+    limit = float(plan["dense_density"])
+    skipped = {"fwd": "lhs", "bwd_input": "the gradient of the output", "bwd_weights": "the cheaper operand"}[name]
+    rule = f"each call measures the non-zeros of {skipped}: sparse below a density of {limit:.2f}, dense from there on"
     if density is None:
-        path = "sparse" if limit > 0 else "dense"
-        return Component(
-            path, f"each call measures {skipped}: sparse below a density of {limit:.2f}, dense above", plan
-        )
-    path = "sparse" if density <= limit else "dense"
-    return Component(path, f"density {density:.2f} of {skipped}, sparse pays up to {limit:.2f}", plan)
+        return Component("sparse" if limit > 0 else "dense", rule, plan)
+    return Component("sparse" if density < limit else "dense", f"density {density:.2f}; {rule}", plan)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import jax
 
@@ -57,9 +58,24 @@ def reset_counters() -> None:
     _native.reset_counters()
 
 
-def plan(component: str, dims: list[int], geometry: list[int]) -> dict[str, int | float | str]:
-    """What the handler of ``component`` (``"conv_fwd"``, ...) would do for sizes ``[N, H, W, C, K, R, S]``."""
-    return dict(_native.plan(component, dims, geometry))
+def plan(component: str, dims: Sequence[int], geometry: Sequence[int]) -> dict[str, int | float | str]:
+    """What the handler of ``component`` would do: blocking, loop order, the densities at which it changes kernels.
+
+    Args:
+      component: ``"fwd"``, ``"bwd_input"``, ``"bwd_weights"`` or ``"bwd_input_masked"``.
+      dims: sizes [N, H, W, C, K, R, S], all positive.
+      geometry: :attr:`~sparsetrain_jax.shapes.ConvSpec.geometry`.
+    """
+    return {key: _number(value) for key, value in _native.plan(component, list(dims), list(geometry)).items()}
+
+
+def _number(text: int | float | str) -> int | float | str:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            pass
+    return text
 
 
 def _apply_environment() -> None:

@@ -1,0 +1,174 @@
+"""The compiled module: instruction sets, threads, and custom calls that contradict themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsetrain_jax as st
+from sparsetrain_jax import native, primitives
+from sparsetrain_jax.shapes import ConvSpec
+
+
+def python(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a new interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    if check and run.returncode:
+        raise AssertionError(run.stderr)
+    return run
+
+
+def test_the_portable_kernels_are_always_available() -> None:
+    assert st.available_isas()[-1] == "portable"
+    assert st.isa() in st.available_isas()
+    assert set(st.available_isas()) <= {"avx512", "avx2", "portable"}
+
+
+def test_setting_an_unknown_isa_is_an_error_and_changes_nothing() -> None:
+    before = st.isa()
+    with pytest.raises(ValueError, match="sse9"):
+        native.set_isa("sse9")
+    assert st.isa() == before
+
+
+def test_a_forced_isa_runs_other_kernels(isa: str) -> None:
+    plan = native.plan("fwd", [2, 14, 14, 64, 64, 3, 3], [1, 1, 1, 1, 1, 1])
+    assert st.isa() == isa and plan
+
+
+def test_sparsetrain_isa_is_read_at_import() -> None:
+    for name in st.available_isas():
+        assert python("import sparsetrain_jax as st; print(st.isa())", SPARSETRAIN_ISA=name).stdout.strip() == name
+
+
+def test_an_unknown_sparsetrain_isa_raises_at_import_and_says_what_is_accepted() -> None:
+    run = python("import sparsetrain_jax", check=False, SPARSETRAIN_ISA="sse9")
+    assert run.returncode and "ValueError: SPARSETRAIN_ISA must be one of" in run.stderr
+    assert "'sse9'" in run.stderr and "'portable'" in run.stderr
+
+
+def test_without_the_compiled_module_the_import_fails_and_says_how_to_build_it() -> None:
+    run = python("import sys; sys.modules['sparsetrain_jax._native'] = None; import sparsetrain_jax", check=False)
+    assert run.returncode and "ImportError" in run.stderr and "pip install ." in run.stderr
+
+
+def test_the_targets_are_those_of_the_versioned_interface() -> None:
+    assert native.TARGETS >= {
+        "sparsetrain_conv_fwd_v1",
+        "sparsetrain_conv_bwd_input_v1",
+        "sparsetrain_conv_bwd_weights_v1",
+    }
+
+
+# Threads
+
+THREADS = """
+import hashlib, threading, os
+import jax, jax.numpy as jnp, numpy as np
+from sparsetrain_jax import primitives
+from sparsetrain_jax.shapes import ConvSpec
+rng = np.random.default_rng(0)
+digest = hashlib.sha256()
+for n, h, w, c, k, r, stride in ((4, 28, 28, 64, 96, 3, 1), (3, 15, 17, 48, 80, 3, 2), (8, 14, 14, 128, 64, 1, 1),
+                                 (2, 30, 30, 3, 64, 7, 2), (1, 7, 7, 512, 64, 3, 1)):
+    pad = ((r - 1) // 2, r // 2)
+    for mode in ("auto", "sparse", "dense"):
+        spec = ConvSpec((h, w), (r, r), (stride, stride), (pad, pad), mode)
+        p, q = spec.output_size
+        lhs, rhs, g = (jnp.asarray(rng.standard_normal(s) * (rng.random(s) > 0.6), jnp.float32)
+                       for s in ((n, h, w, c), (r, r, c, k), (n, p, q, k)))
+        for out in (primitives.sparse_conv_fwd(lhs, rhs, spec=spec), primitives.sparse_conv_bwd_input(g, rhs, spec=spec),
+                    primitives.sparse_conv_bwd_weights(lhs, g, spec=spec),
+                    primitives.sparse_conv_bwd_input_masked(g, rhs, lhs, spec=spec)):
+            digest.update(np.asarray(out).tobytes())
+names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+print(sum("XLAEigen" in name for name in names), digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("name", st.available_isas())
+def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
+    results = [python(THREADS, NPROC=str(n), SPARSETRAIN_ISA=name).stdout.split() for n in (1, 2, 5)]
+    if sys.platform == "linux":
+        assert [int(threads) for threads, _ in results] == [1, 2, 5]
+    assert len({digest for _, digest in results}) == 1
+
+
+# Buffers and attributes that contradict each other
+
+GOOD: dict[str, Any] = {"geometry": np.array([1, 1, 1, 1, 1, 1], np.int64), "mode": np.int64(0)}
+TARGETS = {
+    "sparsetrain_conv_fwd_v1": ((2, 5, 6, 8), (3, 3, 8, 4), (2, 5, 6, 4)),
+    "sparsetrain_conv_bwd_input_v1": ((2, 5, 6, 4), (3, 3, 8, 4), (2, 5, 6, 8)),
+    "sparsetrain_conv_bwd_weights_v1": ((2, 5, 6, 8), (2, 5, 6, 4), (3, 3, 8, 4)),
+}
+
+
+def call(target: str, shapes: Any, dtype: Any = jnp.float32, **attributes: Any) -> jax.Array:
+    *operands, result = shapes
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(result, jnp.float32))
+    return jax.jit(lambda *args: call(*args, **attributes))(*(jnp.ones(shape, dtype) for shape in operands))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_consistent_custom_call_succeeds(target: str) -> None:
+    assert np.all(np.asarray(call(target, TARGETS[target], **GOOD)) > 0)
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 2])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_custom_call_with_buffers_that_contradict_each_other_is_an_error(target: str, buffer: int) -> None:
+    for axis in range(4):
+        shapes = [list(shape) for shape in TARGETS[target]]
+        shapes[buffer][axis] += 1
+        with pytest.raises(jax.errors.JaxRuntimeError, match="sparse_conv_"):
+            jax.block_until_ready(call(target, shapes, **GOOD))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"geometry": np.array([1, 1, 1, 1, 1], np.int64)},
+        {"geometry": np.array([0, 1, 1, 1, 1, 1], np.int64)},
+        {"geometry": np.array([1, 1, -1, 3, 1, 1], np.int64)},
+        {"geometry": np.array([2, 1, 1, 1, 1, 1], np.int64)},
+        {"geometry": np.array([1, 1, 1, 1, 1, 1], np.int32)},
+        {"mode": np.int64(3)},
+        {"mode": np.int64(-1)},
+        {"mode": np.int32(0)},
+        {"mode": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_custom_call_with_bad_attributes_is_an_error(target: str, bad: dict[str, Any]) -> None:
+    attributes = {key: value for key, value in {**GOOD, **bad}.items() if value is not None}
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(call(target, TARGETS[target], **attributes))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_custom_call_with_buffers_of_another_dtype_or_rank_is_an_error(target: str) -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(call(target, TARGETS[target], jnp.int32, **GOOD))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(call(target, [shape[1:] for shape in TARGETS[target]], **GOOD))
+
+
+def test_a_primitive_with_operands_that_contradict_its_spec_is_a_python_error() -> None:
+    spec = ConvSpec((5, 6), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    with pytest.raises(ValueError, match="sparse_conv_fwd"):
+        primitives.sparse_conv_fwd(jnp.ones((2, 5, 7, 8)), jnp.ones((3, 3, 8, 4)), spec=spec)
+    with pytest.raises(ValueError, match="sparse_conv_bwd_weights"):
+        primitives.sparse_conv_bwd_weights(jnp.ones((2, 5, 6, 8)), jnp.ones((3, 5, 6, 4)), spec=spec)
+    with pytest.raises(TypeError, match="one dtype"):
+        primitives.sparse_conv_fwd(jnp.ones((2, 5, 6, 8)), jnp.ones((3, 3, 8, 4), jnp.bfloat16), spec=spec)
