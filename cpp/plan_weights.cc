@@ -20,7 +20,9 @@ constexpr double kPairDensity = 0.12;  // below: too few positions are non-zero 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-int64_t strided_count(int64_t size, int64_t start, int64_t step) { return start < size ? ceil_div(size - start, step) : 0; }
+int64_t strided_count(int64_t size, int64_t start, int64_t step) {
+  return start < size ? ceil_div(size - start, step) : 0;
+}
 
 // A class along one axis: its checked pixels, and its taps (several runs when they meet different sub-images).
 struct AxisClass {
@@ -132,9 +134,8 @@ void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelC
   }
   cls.block_images =
       full_rows ? balanced(plan.shape.n, std::min(plan.shape.n, budget / (cls.image_rows * cls.pitch))) : 1;
-  cls.positions = round_up(((cls.block_images - 1) * cls.image_rows + cls.block_rows - 1) * cls.pitch +
-                               cls.block_columns,
-                           64);
+  cls.positions =
+      round_up(((cls.block_images - 1) * cls.image_rows + cls.block_rows - 1) * cls.pitch + cls.block_columns, 64);
   cls.blocks[0] = ceil_div(plan.shape.n, cls.block_images);
   cls.blocks[1] = ceil_div(cls.rows.count, cls.block_rows);
   cls.blocks[2] = ceil_div(cls.columns.count, cls.block_columns);
@@ -193,8 +194,8 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   return plan;
 }
 
-// Cuts drhs into items. The panel of an item (its sums between pixel blocks) and a packed pixel block should stay in L2;
-// every cut repeats packing (along features) or copying (along channels).
+// Cuts drhs into items. The panel of an item (its sums between pixel blocks) and a packed pixel block should stay in
+// L2; every cut repeats packing (along features) or copying (along channels).
 void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
   int64_t taps = 1, positions = 64, blocks = 0, widest = 1;
   for (const PixelClass& cls : plan.classes) {
@@ -214,7 +215,8 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
   const int64_t panel = machine.caches.l2_bytes / 2;
   plan.feature_block = round_up(plan.features, width);
   if (blocks > 1) {
-    const int64_t most = std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
+    const int64_t most =
+        std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
     plan.feature_block = round_up(balanced(plan.features, most), width);
   }
   plan.chunks = 1;

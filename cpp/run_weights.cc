@@ -209,13 +209,21 @@ class WeightsRun {
                                               direct() && index + 1 == end);
           const int choice = log2_of(vectors);
           if (plan_.sparse) {
-            walk = {scratch.values, line_, scratch.masks, static_cast<int>(positions / 64),
-                    static_cast<int>(item.channels), plan_.pairs, scratch.dense, cls.pitch, panel};
+            walk = {scratch.values,
+                    line_,
+                    scratch.masks,
+                    static_cast<int>(positions / 64),
+                    static_cast<int>(item.channels),
+                    plan_.pairs,
+                    scratch.dense,
+                    cls.pitch,
+                    panel};
             table_.walk[group.rows.taps][group.columns.taps][choice](walk);
           } else {
             const ptrdiff_t group_pitch = positions * table_.tile_channels[choice] + 2 * kLinePad;
             if (grouped != choice) {
-              table_.group[choice]({scratch.pixels, positions, static_cast<int>(item.channels), scratch.values, group_pitch});
+              table_.group[choice](
+                  {scratch.pixels, positions, static_cast<int>(item.channels), scratch.values, group_pitch});
               grouped = choice;
             }
             tile = {scratch.values,
@@ -299,8 +307,8 @@ class WeightsRun {
           continue;
         }
         std::memset(to, 0, left * width * sizeof(float));
-        const float* from = dense_.at(block.image + image, rows.start + y * rows.step,
-                                      columns.start + (first + left) * columns.step);
+        const float* from =
+            dense_.at(block.image + image, rows.start + y * rows.step, columns.start + (first + left) * columns.step);
         table_.copy({from + feature, pitch, right - left, features, to + left * width, static_cast<int>(width)});
         std::memset(to + right * width, 0, (want - right) * width * sizeof(float));
       }
@@ -318,7 +326,7 @@ class WeightsRun {
                         bool first_block, bool to_drhs) const {
     const ConvShape& s = plan_.shape;
     float* out = to_drhs ? drhs_at(group, item.channel, item.feature + first) : nullptr;
-    return {sums, first_block, out, s.k, group.rows.tap_step * s.s * s.c * s.k, group.columns.tap_step * s.c * s.k,
+    return {sums,    first_block, out, s.k, group.rows.tap_step * s.s * s.c * s.k, group.columns.tap_step * s.c * s.k,
             features};
   }
 
@@ -331,10 +339,10 @@ class WeightsRun {
         const int64_t width = static_cast<int64_t>(vectors) * plan_.lanes;
         for (int t = 0; t < taps; ++t) {
           const float* from = panel + sums + t * width;
-          float* to = drhs_at(group, item.channel, item.feature + first) +
-                      (t / group.columns.taps * group.rows.tap_step * s.s +
-                       t % group.columns.taps * group.columns.tap_step) *
-                          s.c * s.k;
+          float* to =
+              drhs_at(group, item.channel, item.feature + first) +
+              (t / group.columns.taps * group.rows.tap_step * s.s + t % group.columns.taps * group.columns.tap_step) *
+                  s.c * s.k;
           if (plan_.lhs_checked) {
             for (int64_t c = 0; c < item.channels; ++c) {
               std::memcpy(to + c * s.k, from + c * taps * width, features * sizeof(float));
@@ -374,9 +382,9 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const
   }
   SharedBuffer panels(plan.chunks * run.chunk_panel_bytes());
   float* sums = panels.as<float>();
-  run_phases(executor, {{run.items(), [&run, sums](int64_t item) { run.run(item, sums); }},
-                        {static_cast<int64_t>(plan.classes.size()),
-                         [&run, sums](int64_t index) { run.reduce(index, sums); }}});
+  run_phases(executor,
+             {{run.items(), [&run, sums](int64_t item) { run.run(item, sums); }},
+              {static_cast<int64_t>(plan.classes.size()), [&run, sums](int64_t index) { run.reduce(index, sums); }}});
 }
 
 }  // namespace sparsetrain

@@ -1,0 +1,367 @@
+// BWW: drhs[tap][c][k] = sum over pixels of lhs[pixel + tap][c] * g[pixel][k], skipping the zeros of one operand.
+//
+// The operand whose zeros are skipped is *checked*, the other is *dense*. Work goes by blocks of pixels:
+//
+//   pack   the block of the checked operand: transposed to one line of values per channel, and a bit mask of the
+//          non-zeros of each line (a bit per *position*; positions between image rows are never set)
+//   copy   the block of the dense operand with its halo, for one block of features, into scratch that stays in L1:
+//          [position][features]. Rows follow each other at the pitch of the masks, so bit i of a mask meets tap (r, s)
+//          at position i + r * tap_row + s, whatever the shape of the block
+//   walk   per channel: the sums of all taps x features sit in registers; for every bit set, one broadcast of the value
+//          and one fused multiply-add with a memory operand per sum. The mask is walked with count-trailing-zeros and
+//          clear-lowest-bit, an integer chain that runs ahead of the arithmetic, so mispredicted ends are mostly hidden
+//
+// Loads bound the walk: one per multiply-add, plus one for the broadcast. *Pairs* break the bound: channels c and c+1
+// are walked together, positions non-zero in both first, where each load serves two multiply-adds.
+//
+// Where skipping does not pay, a *tile* of channels x features sits in registers instead and runs over all pixels, tap
+// by tap. It reads the same scratch and leaves the same sums.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sparsetrain {
+namespace {
+
+// ---- sums: from the panel to registers and back ----
+
+// kVectors vectors for one channel and tap (r, s), `index` counting taps in the panel.
+template <class Isa, int kVectors>
+struct TapSums {
+  using Vec = typename Isa::Vec;
+  static constexpr int kWidth = kVectors * Isa::kLanes;
+
+  static ST_INLINE void load(const WeightsPanel& panel, const float* sums, Vec* acc) {
+    unroll<kVectors>([&](auto v) ST_LAMBDA { acc[v] = panel.first ? Isa::zero() : Isa::load(sums + v * Isa::kLanes); });
+  }
+  static ST_INLINE void save(const WeightsPanel& panel, float* sums, float* out, const Vec* acc) {
+    float* to = panel.out == nullptr ? sums : out;
+    if (panel.out == nullptr || panel.out_features == kWidth) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(to + v * Isa::kLanes, acc[v]); });
+      return;
+    }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const int left = panel.out_features - v * Isa::kLanes;
+      if (left >= Isa::kLanes) {
+        Isa::store(to + v * Isa::kLanes, acc[v]);
+      } else if (left > 0) {
+        Isa::store_n(to + v * Isa::kLanes, acc[v], left);
+      }
+    });
+  }
+};
+
+// ---- walk ----
+
+template <class Isa, int kRows, int kColumns, int kVectors>
+struct Walk {
+  using Vec = typename Isa::Vec;
+  using Sums = TapSums<Isa, kVectors>;
+  static constexpr int kTaps = kRows * kColumns;
+  static constexpr int kCount = kTaps * kVectors;
+  static constexpr int kWidth = kVectors * Isa::kLanes;
+  static constexpr bool kPairs = 2 * kCount + 3 <= Isa::kRegisters;  // beside them: two values, one dense vector
+
+  static ST_INLINE void load(const WeightsPanel& panel, int64_t channel, Vec (&acc)[kCount]) {
+    const float* sums = panel.sums + channel * (kTaps * kWidth);
+    unroll<kTaps>([&](auto t) ST_LAMBDA { Sums::load(panel, sums + t * kWidth, acc + t * kVectors); });
+  }
+  static ST_INLINE void save(const WeightsPanel& panel, int64_t channel, const Vec (&acc)[kCount]) {
+    float* sums = panel.sums + channel * (kTaps * kWidth);
+    float* out = panel.out + channel * panel.out_channel;
+    unroll<kTaps>([&](auto t) ST_LAMBDA {
+      Sums::save(panel, sums + t * kWidth, out + t / kColumns * panel.out_row + t % kColumns * panel.out_column,
+                 acc + t * kVectors);
+    });
+  }
+
+  // Calls f(i, vector) with the dense vector of every sum i at the position that `dense` points to.
+  template <class F>
+  static ST_INLINE void each(const float* dense, ptrdiff_t row, F&& f) {
+    ST_OPAQUE(dense);
+    unroll<kRows>([&](auto r) ST_LAMBDA {
+      unroll<kColumns * kVectors>(
+          [&](auto i) ST_LAMBDA { f(Index<r * kColumns * kVectors + i>{}, Isa::load(dense + i * Isa::kLanes)); });
+      if constexpr (r + 1 < kRows) {
+        dense += row;
+        ST_OPAQUE(dense);
+      }
+    });
+  }
+
+  static ST_INLINE void visit(uint64_t mask, const float* values, const float* dense, ptrdiff_t row,
+                              Vec (&acc)[kCount]) {
+    while (mask != 0) {
+      const size_t i = __builtin_ctzll(mask);
+      mask &= mask - 1;
+      const Vec x = Isa::broadcast(values + i);
+      each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
+    }
+  }
+
+  static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c) {
+    Vec acc[kCount];
+    load(args.panel, c, acc);
+    const float* values = args.values + c * args.value_pitch;
+    const uint64_t* masks = args.masks + c * args.words;
+    const float* dense = args.dense;
+    const ptrdiff_t row = args.tap_row * kWidth;
+    for (int w = 0; w < args.words; ++w) {
+      visit(masks[w], values, dense, row, acc);
+      values += 64;
+      dense += 64 * kWidth;
+    }
+    save(args.panel, c, acc);
+  }
+
+  static ST_INLINE void channel_pair(const WeightsWalkArgs& args, int64_t c) {
+    Vec acc_a[kCount], acc_b[kCount];
+    load(args.panel, c, acc_a);
+    load(args.panel, c + 1, acc_b);
+    const float* values_a = args.values + c * args.value_pitch;
+    const float* values_b = values_a + args.value_pitch;
+    const uint64_t* masks_a = args.masks + c * args.words;
+    const uint64_t* masks_b = masks_a + args.words;
+    const float* dense = args.dense;
+    const ptrdiff_t row = args.tap_row * kWidth;
+    for (int w = 0; w < args.words; ++w) {
+      const uint64_t a = masks_a[w], b = masks_b[w];
+      visit(a & ~b, values_a, dense, row, acc_a);
+      for (uint64_t both = a & b; both != 0; both &= both - 1) {
+        const size_t i = __builtin_ctzll(both);
+        const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
+        each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
+          acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
+          acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
+        });
+      }
+      visit(b & ~a, values_b, dense, row, acc_b);
+      values_a += 64;
+      values_b += 64;
+      dense += 64 * kWidth;
+    }
+    save(args.panel, c, acc_a);
+    save(args.panel, c + 1, acc_b);
+  }
+
+  static void run(const WeightsWalkArgs& args) {
+    int c = 0;
+    if constexpr (kPairs) {
+      if (args.pairs) {
+        for (; c + 2 <= args.channels; c += 2) channel_pair(args, c);
+      }
+    }
+    for (; c < args.channels; ++c) channel(args, c);
+  }
+};
+
+// ---- tile ----
+
+// Channels of a tile with kVectors vectors: the sums leave room for the dense vectors and one value.
+template <class Isa, int kVectors>
+constexpr int tile_channels() {
+  return (Isa::kRegisters == 32 ? 24 : 12) / kVectors;
+}
+
+template <class Isa, int kVectors>
+struct Tile {
+  using Vec = typename Isa::Vec;
+  using Sums = TapSums<Isa, kVectors>;
+  static constexpr int kChannels = tile_channels<Isa, kVectors>();
+  static constexpr int kWidth = kVectors * Isa::kLanes;
+
+  static ST_INLINE void pixels(const WeightsTileArgs& args, const float* values, const float* dense,
+                               Vec (&acc)[kChannels * kVectors]) {
+    for (int image = 0; image < args.images; ++image) {
+      const float* line = dense + image * args.image_pitch * kWidth;
+      for (int row = 0; row < args.rows; ++row, line += args.pitch * kWidth) {
+        const float* y = line;
+        for (int x = args.columns; x > 0; --x, y += kWidth, values += kChannels) {
+          Vec vectors[kVectors];
+          unroll<kVectors>([&](auto v) ST_LAMBDA { vectors[v] = Isa::load(y + v * Isa::kLanes); });
+          unroll<kChannels>([&](auto c) ST_LAMBDA {
+            const Vec value = Isa::broadcast(values + c);
+            unroll<kVectors>(
+                [&](auto v) ST_LAMBDA { acc[c * kVectors + v] = Isa::fma(value, vectors[v], acc[c * kVectors + v]); });
+          });
+        }
+      }
+    }
+  }
+
+  static void run(const WeightsTileArgs& args) {
+    const WeightsPanel& panel = args.panel;
+    const int taps = args.tap_rows * args.tap_columns;
+    const float* values = args.values;
+    for (int first = 0; first < args.channels; first += kChannels, values += args.group_pitch) {
+      const int channels = args.channels - first < kChannels ? args.channels - first : kChannels;
+      for (int t = 0; t < taps; ++t) {
+        const int r = t / args.tap_columns, s = t % args.tap_columns;
+        float* sums = panel.sums + (static_cast<int64_t>(first) * taps + t) * kWidth;
+        float* out = panel.out + first * panel.out_channel + r * panel.out_row + s * panel.out_column;
+        Vec acc[kChannels * kVectors];
+        unroll<kChannels>([&](auto c) ST_LAMBDA { Sums::load(panel, sums + c * taps * kWidth, acc + c * kVectors); });
+        pixels(args, values, args.dense + (r * args.tap_row + s) * kWidth, acc);
+        unroll<kChannels>([&](auto c) ST_LAMBDA {
+          if (c < channels)
+            Sums::save(panel, sums + c * taps * kWidth, out + c * panel.out_channel, acc + c * kVectors);
+        });
+      }
+    }
+  }
+
+  static void group(const WeightsGroupArgs& args) {
+    float* group = args.values;
+    for (int first = 0; first < args.channels; first += kChannels, group += args.group_pitch) {
+      float* to = group;
+      for (int64_t i = 0; i < args.count; ++i, to += kChannels) {
+        const float* from = args.pixels[i] + first;
+        // Whole vectors may run into the next pixel, which is written after this one.
+        for (int c = 0; c < kChannels; c += Isa::kLanes) {
+          const int left = args.channels - first - c;
+          Isa::store(to + c, left >= Isa::kLanes ? Isa::load(from + c)
+                             : left > 0          ? Isa::load_n(from + c, left)
+                                                 : Isa::zero());
+        }
+      }
+    }
+  }
+};
+
+// ---- moving data ----
+
+template <class Isa>
+int64_t weights_count_nonzero(const float* values, int64_t count) {
+  int64_t nonzeros = 0, i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes)
+    nonzeros += __builtin_popcount(Isa::nonzero(Isa::load(values + i)));
+  if (i < count) {
+    nonzeros += __builtin_popcount(Isa::nonzero(Isa::load_n(values + i, static_cast<int>(count - i))));
+  }
+  return nonzeros;
+}
+
+template <class Isa>
+struct Pack {
+  using Vec = typename Isa::Vec;
+  static constexpr int kLanes = Isa::kLanes;
+
+  // 64 positions of kLanes channels, of which `channels` exist.
+  static ST_INLINE int64_t word(const float* const* pixels, int64_t first, int channels, float* values,
+                                ptrdiff_t value_pitch, uint64_t* masks, ptrdiff_t mask_pitch) {
+    uint64_t mask[kLanes];
+    unroll<kLanes>([&](auto c) ST_LAMBDA { mask[c] = 0; });
+    for (int p = 0; p < 64; p += kLanes) {
+      Vec v[kLanes];
+      if (channels == kLanes) {
+        unroll<kLanes>([&](auto i) ST_LAMBDA { v[i] = Isa::load(pixels[p + i] + first); });
+      } else {
+        unroll<kLanes>([&](auto i) ST_LAMBDA { v[i] = Isa::load_n(pixels[p + i] + first, channels); });
+      }
+      Isa::transpose(v);
+      unroll<kLanes>([&](auto c) ST_LAMBDA {
+        Isa::store(values + c * value_pitch + p, v[c]);
+        mask[c] |= static_cast<uint64_t>(Isa::nonzero(v[c])) << p;
+      });
+    }
+    int64_t nonzeros = 0;
+    for (int c = 0; c < channels; ++c) {
+      masks[c * mask_pitch] = mask[c];
+      nonzeros += __builtin_popcountll(mask[c]);
+    }
+    return nonzeros;
+  }
+
+  static int64_t run(const WeightsPackArgs& args) {
+    const int words = args.positions / 64;
+    int64_t nonzeros = 0;
+    for (int c = 0; c < args.channels; c += kLanes) {
+      const int channels = args.channels - c < kLanes ? args.channels - c : kLanes;
+      for (int w = 0; w < words; ++w) {
+        nonzeros += word(args.pixels + 64 * w, c, channels, args.values + c * args.value_pitch + 64 * w,
+                         args.value_pitch, args.masks + static_cast<int64_t>(c) * words + w, words);
+      }
+    }
+    return nonzeros;
+  }
+};
+
+template <class Isa>
+void weights_copy(const WeightsCopyArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  const float* from = args.from;
+  float* to = args.to;
+  for (int64_t i = 0; i < args.pixels; ++i, from += args.pitch, to += args.width) {
+    int f = 0;
+    for (; f + kLanes <= args.features; f += kLanes) Isa::store(to + f, Isa::load(from + f));
+    if (f < args.features) {
+      Isa::store(to + f, Isa::load_n(from + f, args.features - f));
+      f += kLanes;
+    }
+    for (; f < args.width; f += kLanes) Isa::store(to + f, Isa::zero());
+  }
+}
+
+template <class Isa>
+void weights_transpose(const WeightsTransposeArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  for (int c = 0; c < args.channels; c += kLanes) {
+    const int channels = args.channels - c < kLanes ? args.channels - c : kLanes;
+    for (int f = 0; f < args.features; f += kLanes) {
+      const int features = args.features - f < kLanes ? args.features - f : kLanes;
+      typename Isa::Vec v[kLanes];
+      unroll<kLanes>([&](auto i) ST_LAMBDA {
+        v[i] = i < channels ? Isa::load(args.sums + (c + i) * args.channel_pitch + f) : Isa::zero();
+      });
+      Isa::transpose(v);
+      float* out = args.out + f * args.out_pitch + c;
+      unroll<kLanes>([&](auto i) ST_LAMBDA {
+        if (i < features) Isa::store_n(out + i * args.out_pitch, v[i], channels);
+      });
+    }
+  }
+}
+
+// ---- the table ----
+
+template <class Isa, int kRows, int kColumns, int kChoice>
+constexpr void offer_walk(WeightsKernels& table) {
+  if constexpr (walk_offered(kRows, kColumns, 1 << kChoice, Isa::kRegisters)) {
+    table.walk[kRows][kColumns][kChoice] = Walk<Isa, kRows, kColumns, (1 << kChoice)>::run;
+  }
+  if constexpr (kChoice + 1 < kVectorChoices) {
+    offer_walk<Isa, kRows, kColumns, kChoice + 1>(table);
+  } else if constexpr (kColumns < kMaxTapColumns) {
+    offer_walk<Isa, kRows, kColumns + 1, 0>(table);
+  } else if constexpr (kRows < kMaxTapRows) {
+    offer_walk<Isa, kRows + 1, 1, 0>(table);
+  }
+}
+
+template <class Isa, int kChoice>
+constexpr void offer_tile(WeightsKernels& table) {
+  table.group[kChoice] = Tile<Isa, (1 << kChoice)>::group;
+  table.tile[kChoice] = Tile<Isa, (1 << kChoice)>::run;
+  table.tile_channels[kChoice] = tile_channels<Isa, (1 << kChoice)>();
+}
+
+template <class Isa>
+constexpr WeightsKernels weights_kernels() {
+  WeightsKernels table{};
+  table.count_nonzero = weights_count_nonzero<Isa>;
+  table.pack = Pack<Isa>::run;
+  table.copy = weights_copy<Isa>;
+  table.transpose = weights_transpose<Isa>;
+  offer_walk<Isa, 1, 1, 0>(table);
+  offer_tile<Isa, 0>(table);
+  offer_tile<Isa, 1>(table);
+  offer_tile<Isa, 2>(table);
+  return table;
+}
+
+}  // namespace
+}  // namespace sparsetrain

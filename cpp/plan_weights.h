@@ -1,0 +1,93 @@
+// Plan of BWW: a pure function of shape, machine and the measured densities. Nothing here touches a tensor.
+//
+// One operand is *checked* (walked, or broadcast by a tile: one channel at a time), the other *dense* (vectors of
+// features). Both passes over the images are the same kind of correlation:
+//   lhs checked   the lhs pixels fall into stride x stride classes; the taps that a class meets are stride apart in the
+//                 kernel and meet neighbouring pixels of g
+//   g checked     all pixels of g form one class; taps stride apart meet neighbouring pixels of one of stride x stride
+//                 sub-images of lhs
+// So in each *class* of checked pixels, each *group* of taps (a rectangle that a kernel is instantiated for) pairs
+// checked pixel u and tap j with pixel u + j + offset of a sub-image of the dense operand.
+//
+// Blocking, from outside in, in the order of the loops in run_weights.cc:
+//   item           a channel block x feature block of drhs (x a chunk of the pixels, where channels and features are
+//   too
+//                  few to feed several threads): the unit of work of a thread
+//   pixel block    images x rows x columns of a class: packed once per item; sums wait in a panel between blocks
+//   group, step    taps x vectors of features in registers: the dense block of a step stays in L1
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "conv.h"
+#include "isa.h"
+
+namespace sparsetrain {
+
+// Taps of one walk, in kernel coordinates and where they meet the dense operand, per axis (0: rows, 1: columns).
+struct TapAxis {
+  int64_t tap, tap_step;  // kernel index of tap 0, and from tap to tap
+  int taps;
+  int64_t start, step, count;  // the sub-image: pixels start, start + step, ... of the dense operand
+  int64_t offset;              // checked pixel u and tap j meet sub-image pixel u + j + offset
+};
+
+struct TapGroup {
+  TapAxis rows, columns;
+  int vectors;  // of features in a step
+};
+
+// Pixels start, start + step, ... of the checked operand, per axis.
+struct PixelAxis {
+  int64_t start, step, count;
+};
+
+struct PixelClass {
+  PixelAxis rows, columns;
+  std::vector<TapGroup> groups;
+  int64_t block_images, block_rows, block_columns;
+  int64_t pitch;       // positions between rows of a block; halos of neighbouring rows overlap where both are padding
+  int64_t image_rows;  // rows of positions between images of a block
+  int64_t positions;   // of a block, a multiple of 64
+  int64_t blocks[3];   // images, rows, columns
+  int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
+};
+
+// Densities (fraction of non-zeros) of the operands, measured or assumed.
+struct Densities {
+  double lhs = 1, g = 1;
+};
+
+struct WeightsPlan {
+  ConvShape shape;  // 1x1 kernels at stride 1 without padding are one long row of pixels
+  bool lhs_checked;
+  bool sparse;  // walks; else tiles
+  bool pairs;   // channels are walked in pairs
+  int lanes;
+  int64_t channels, features;  // of the checked and the dense operand
+  std::vector<PixelClass> classes;
+  int64_t channel_block, feature_block;
+  int64_t chunks;                  // of the pixel blocks of each class, summed in order at the end
+  double sparse_cost, dense_cost;  // estimates that led to `sparse`, in multiply-adds of a vector
+};
+
+struct WeightsMachine {
+  Machine caches;
+  int lanes, registers;
+  int threads;  // changes how work is cut, never a sum
+};
+
+WeightsPlan plan_weights(const ConvShape& shape, Mode mode, const Densities& densities, const WeightsMachine& machine);
+
+// The vectors of the step that begins with `left` features to go, at most `vectors`: few lanes idle, few steps.
+int step_vectors(int64_t left, int vectors, int lanes);
+
+// What the plan would do, as pairs of name and printable value.
+std::vector<std::pair<std::string, std::string>> describe_weights_plan(const ConvShape& shape, Mode mode,
+                                                                       const Densities& densities,
+                                                                       const WeightsMachine& machine);
+
+}  // namespace sparsetrain
