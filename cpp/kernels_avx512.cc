@@ -5,6 +5,7 @@
 
 namespace sparsetrain {
 
-const Kernels kKernelsAvx512 = {"avx512", Avx512::kLanes, Avx512::kRegisters, data_kernels<Avx512>(), weights_kernels<Avx512>()};
+const Kernels kKernelsAvx512 = {"avx512", Avx512::kLanes, Avx512::kRegisters, data_kernels<Avx512>(),
+                                weights_kernels<Avx512>()};
 
 }  // namespace sparsetrain

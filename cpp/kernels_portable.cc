@@ -5,6 +5,7 @@
 
 namespace sparsetrain {
 
-const Kernels kKernelsPortable = {"portable", Portable::kLanes, Portable::kRegisters, data_kernels<Portable>(), weights_kernels<Portable>()};
+const Kernels kKernelsPortable = {"portable", Portable::kLanes, Portable::kRegisters, data_kernels<Portable>(),
+                                  weights_kernels<Portable>()};
 
 }  // namespace sparsetrain
