@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import nnx
 from .conv import conv_general_dilated, explain, sparse_conv
 from .linen import SparseConv
 from .native import available_isas, isa
 from .telemetry import plot_sparsity, sparsity
+from .transform import sparsify
 
 __version__ = "0.1.0"
 
@@ -24,8 +23,3 @@ __all__ = [
     "sparsify",
     "sparsity",
 ]
-
-
-def sparsify(*args: Any, **kwargs: Any) -> Any:
-    """Not there yet: the transformation that makes every convolution of a function sparse."""
-    raise NotImplementedError("sparsetrain_jax.sparsify is not implemented yet; use SparseConv or conv_general_dilated")

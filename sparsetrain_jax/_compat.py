@@ -9,14 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src import core, dispatch
+from jax._src import api_util, core, dispatch
+from jax._src import linear_util as lu
+from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import mlir
 
+DropVar = core.DropVar
 ShardingTypeError = core.ShardingTypeError
 
-__all__ = ["ShardingTypeError", "auto_match", "is_single_device", "needs_devices", "standard_primitive"]
+__all__ = [
+    "DropVar",
+    "ShardingTypeError",
+    "auto_match",
+    "is_single_device",
+    "needs_devices",
+    "standard_primitive",
+    "trace",
+]
 
 
 def standard_primitive(
@@ -50,3 +61,10 @@ def auto_match(*operands: Any) -> Sequence[jax.Array]:
         if (function := getattr(core, name, None)) is not None:
             return function(*operands)
     return operands
+
+
+def trace(function: Callable[..., Sequence[jax.Array]], avals: Sequence[Any]) -> ClosedJaxpr:
+    """The jaxpr of a function that returns a list of arrays, for exactly these abstract values."""
+    info = api_util.debug_info("sparsetrain_jax", function, tuple(avals), {})
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(function, debug_info=info), list(avals))
+    return ClosedJaxpr(jaxpr, consts)

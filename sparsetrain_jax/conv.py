@@ -473,9 +473,14 @@ class ConvHook:
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
-        if self.relu_input:
-            return _reverse_first(call, True, *_compat.auto_match(lhs, rhs))
-        return call(lhs, rhs)
+        return run_call(call, lhs, rhs, self.relu_input)
+
+
+def run_call(call: _Call, lhs: jax.Array, rhs: jax.Array, relu_input: bool) -> jax.Array:
+    """The convolution: in both modes of differentiation, or reverse first with ``relu_input``."""
+    if relu_input:
+        return _reverse_first(call, True, *_compat.auto_match(lhs, rhs))
+    return call(lhs, rhs)
 
 
 def _frozen(value: Any) -> Any:
@@ -534,7 +539,11 @@ def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: An
     """
     if density is not None and not 0 <= density <= 1:
         raise ValueError(f"density must be a fraction of non-zeros from 0 to 1, got {density}")
-    lhs, rhs, call = _sparse_conv_call(lhs, rhs, **arguments)
+    return explain_call(*_sparse_conv_call(lhs, rhs, **arguments), density)
+
+
+def explain_call(lhs: Any, rhs: Any, call: _Call, density: float | None = None) -> Explanation:
+    """:func:`explain` for a call that is known already."""
     names = ("fwd", "bwd_input", "bwd_weights")
     if call.route is None:
         return Explanation({name: Component("lax", call.reason, {}) for name in names})

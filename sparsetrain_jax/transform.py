@@ -1,0 +1,729 @@
+"""``sparsify``: a function transformation that makes every convolution of a function skip zeros.
+
+The function is traced to a jaxpr, convolutions in it are exchanged for ours, and the result is evaluated in place of
+the function, under whatever transformation is at work outside. All of that happens while tracing. Equations that are
+not convolutions, and do not contain one, stay the objects that they were: nothing about them can change.
+
+On the way, :mod:`~sparsetrain_jax.facts` proves for which convolutions ``relu_input`` holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import jax
+from jax import lax
+from jax.extend import core, linear_util, source_info_util
+
+from . import _compat, facts, primitives
+from .conv import Component, _Call, _plan, explain_call, run_call
+from .facts import NOTHING, Facts
+
+__all__ = ["ConvReport", "SparsifyReport", "sparsify"]
+
+
+@overload
+def sparsify(fn: Callable[..., Any], *, explain: bool = False) -> Callable[..., Any]: ...
+@overload
+def sparsify(fn: None = None, *, explain: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+def sparsify(fn: Callable[..., Any] | None = None, *, explain: bool = False) -> Callable[..., Any]:
+    """A function that computes what ``fn`` does, with convolutions that skip zeros.
+
+    Every ``jax.lax.conv_general_dilated`` that ``fn`` comes to call and that the sparse kernels can compute is
+    exchanged: in ``jit``, ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``custom_jvp``, ``custom_vjp``, ``vmap``
+    and ``shard_map`` too. Everything else stays as it is, parameters and their names included. The result can be
+    transformed like ``fn``::
+
+        step = jax.jit(jax.grad(st.sparsify(loss)))
+        logits = st.sparsify(model.apply)(variables, images, train=False)
+
+    Where the input of a convolution provably comes out of a ReLU, its gradient is only computed where the input is not
+    zero (``relu_input`` of :func:`sparse_conv`); such a convolution differentiates in reverse mode, and in forward mode
+    over that. All others keep both modes. The proof needs to see the ReLU: take gradients of ``sparsify(loss)`` rather
+    than sparsify a function that takes them, which also works, but without the proof.
+
+    Args:
+      fn: a function of pytrees. JAX arrays in its arguments are traced, as ``jax.jit`` would; everything else, NumPy
+        arrays and Python numbers included, is handed to ``fn`` as it is.
+      explain: return a function of the same arguments that computes nothing and returns a :class:`SparsifyReport`.
+
+    Returns:
+      A function with the signature of ``fn``. It traces ``fn`` whenever it is called: call it under ``jax.jit``.
+
+    Raises:
+      TypeError: if ``fn`` is not callable.
+    """
+    if fn is None:
+        return functools.partial(sparsify, explain=explain)
+    if not callable(fn):
+        raise TypeError(f"fn must be a function, got {fn!r}")
+
+    @functools.wraps(fn, updated=())
+    def sparse(*args: Any, **kwargs: Any) -> Any:
+        traced = _trace(fn, args, kwargs)
+        closed, reports = _rewrite(traced.jaxpr, explain)
+        return SparsifyReport(reports) if explain else traced.evaluate(closed)
+
+    return sparse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Explanation
+
+
+@dataclass(frozen=True)
+class ConvReport:
+    """What :func:`sparsify` did with one convolution.
+
+    Attributes:
+      source: where ``fn`` calls it, ``"file:line (function)"``.
+      scope: its name stack: module paths in Flax, ``jax.named_scope``.
+      operands: shapes and dtype of its operands.
+      paths: its components, ``"fwd"``, ``"bwd_input"``, ``"bwd_weights"``: which path each takes and why. Only one of
+        them if ``fn`` had taken a gradient already and this is a part of it.
+      relu_input: whether it was proven that the input's gradient is not needed where the input is zero.
+      proof: the way from the ReLU to this convolution, or the operation at which the proof failed.
+    """
+
+    source: str
+    scope: str
+    operands: str
+    paths: dict[str, Component]
+    relu_input: bool
+    proof: str
+
+
+class SparsifyReport(tuple[ConvReport, ...]):
+    """The convolutions of a function, in the order in which they are computed; ``str()`` of it is a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        if not self:
+            return "no convolutions"
+        head = ("", "source", "layer", "operands", "fwd", "bwd_input", "bwd_weights", "relu_input", "proof")
+        rows = [
+            (
+                str(i),
+                r.source,
+                r.scope,
+                r.operands,
+                *(r.paths[c].path if c in r.paths else "-" for c in ("fwd", "bwd_input", "bwd_weights")),
+                "yes" if r.relu_input else "no",
+                r.proof,
+            )
+            for i, r in enumerate(self)
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+        reasons = dict.fromkeys(
+            f"lax: {c.reason}" for r in self for c in r.paths.values() if c.path == "lax" and c.reason
+        )
+        return "\n".join([*lines, *reasons])
+
+
+def _source(eqn: Any) -> str:
+    """The line that an equation comes from: the innermost that is not in an installed package, if there is one."""
+    frames = source_info_util.summarize(eqn.source_info, num_frames=100).split("\n")[::-1]
+    frame = next((f for f in frames if "site-packages" not in f), frames[0])
+    place, _, function = frame.rpartition("/")[2].partition(" ")
+    file, *line = place.split(":")
+    return ":".join([file, *line[:1]]) + (f" {function}" if function else "")
+
+
+def _proof(known: Facts) -> str:
+    """The proof of ``relu_input``, or where it failed, from the operations that led to a value."""
+    steps: list[str] = []
+    while known.qualifies and known.why is not None:
+        what, operands = known.why
+        if known.fixed:
+            return "the input has no gradient"
+        if what.primitive.name == "custom_jvp_call":
+            return " > ".join([f"{what.params.get('name', 'relu')} at {_source(what)}", *reversed(steps)])
+        steps.append(what.primitive.name)
+        known = next(o for o in operands if not o.fixed)
+    while known.why is not None:
+        what, operands = known.why
+        if isinstance(what, str):
+            return f"comes from {what}"
+        rule, gradients = facts.rule_of(what.primitive), [o for o in operands if not o.fixed]
+        at_tie = what.primitive.name in ("max", "min") and len(gradients) == 1
+        culprit = next((o for o in gradients if not o.qualifies), None)
+        if rule is None or culprit is None or at_tie or any(o.qualifies for o in gradients):
+            return f"stopped at {what.primitive.name}, {_source(what)}" + (f": {rule.hint}" if rule else "")
+        known = culprit
+    return "nothing is known of the input"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A function as a jaxpr.
+
+    Attributes:
+      jaxpr: of the function of ``arrays``.
+      arrays: the JAX arrays in its arguments.
+      outputs: the jaxpr's results -> the function's.
+    """
+
+    jaxpr: Any
+    arrays: list[jax.Array]
+    outputs: Callable[[Sequence[jax.Array]], Any]
+
+    def evaluate(self, jaxpr: Any) -> Any:
+        """The function's result, computed by another jaxpr."""
+        return self.outputs(core.jaxpr_as_fun(jaxpr)(*self.arrays))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
+
+
+def _trace(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Traced:
+    """``function`` with everything but JAX arrays closed over; its results may contain anything, too."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    results: list[Any] = []
+
+    def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
+        rest = iter(arrays)
+        args, kwargs = jax.tree.unflatten(structure, [next(rest) if _is_array(leaf) else leaf for leaf in leaves])
+        out, out_structure = jax.tree.flatten(function(*args, **kwargs))
+        results[:] = [[None if _is_array(leaf) else leaf for leaf in out], list(map(_is_array, out)), out_structure]
+        return [leaf for leaf in out if _is_array(leaf)]
+
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
+
+    def outputs(values: Sequence[jax.Array]) -> Any:
+        constants, traced, out_structure = results
+        rest = iter(values)
+        return jax.tree.unflatten(
+            out_structure, [next(rest) if t else c for c, t in zip(constants, traced, strict=True)]
+        )
+
+    return _Traced(jaxpr, arrays, outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolutions
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What takes the place of one convolution: a function of its operands that can be traced, hashed and explained.
+
+    Attributes:
+      component: ``"fwd"``, ``"bwd_input"`` or ``"bwd_weights"``: which the convolution is, of ``call``.
+      call: the convolution in the forward direction; for gradients, with channels last.
+      relu_input: see :func:`sparse_conv`.
+      axes: for gradients, the orders in which their operands and their result are to be transposed.
+      flip: for ``"bwd_input"``, whether the second operand is a flipped kernel.
+    """
+
+    component: str
+    call: _Call
+    relu_input: bool = False
+    axes: tuple[tuple[int, ...], ...] = ()
+    flip: bool = False
+
+    def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        call, route = self.call, self.call.route
+        if self.component == "fwd" or route is None:
+            return run_call(call, first, second, self.relu_input)
+        first, second = (
+            lax.transpose(operand, axes) for operand, axes in zip((first, second), self.axes[:2], strict=True)
+        )
+        if self.component == "bwd_input":
+            if self.flip:
+                second = lax.rev(second, tuple(range(second.ndim - 2)))
+            out = route.out(primitives.sparse_conv_bwd_input(route.lhs(first), route.rhs(second), spec=route.spec))
+        else:
+            out = primitives.sparse_conv_bwd_weights(route.lhs(first), route.lhs(second), spec=route.spec)
+            out = out.reshape(out.shape[4 - second.ndim :])  # a single spatial dimension has a window of one row
+        return lax.transpose(out, self.axes[2])
+
+
+def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
+def _arguments(params: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The arguments of ``jax.lax.conv_general_dilated`` in an equation's parameters."""
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
+    names += ("batch_group_count", "precision", "preferred_element_type", "out_sharding")
+    return {**{name: params.get(name) for name in names}, **changes}
+
+
+def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
+    image = (0, rank - 1, *range(1, rank - 1))
+    return lax.ConvDimensionNumbers(image, (rank - 1, rank - 2, *range(rank - 2)), image)
+
+
+def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
+    """A convolution as the gradient of another, which JAX expresses by permuted dimension numbers and dilation.
+
+    Args:
+      eqn: the convolution.
+      flipped: whether its second operand is known to be a flipped kernel; the result then takes that kernel.
+
+    Returns:
+      None if it does not look like a gradient, or if sparse kernels do not compute it.
+    """
+    params, rank = eqn.params, eqn.invars[0].aval.ndim
+    lhs, rhs = (v.aval for v in eqn.invars)
+    ones = (1,) * (rank - 2)
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    if (
+        tuple(params["window_strides"]) != ones
+        or params["feature_group_count"] != 1
+        or params["batch_group_count"] != 1
+    ):
+        return None
+    size, window, result = (
+        [aval.shape[axis] for axis in spec[2:]]
+        for aval, spec in ((lhs, lhs_spec), (rhs, rhs_spec), (eqn.outvars[0].aval, out_spec))
+    )
+    if lhs.dtype != rhs.dtype or not all(isinstance(d, int) for d in (*size, *window, *result)):
+        return None
+    dilated = tuple(params["lhs_dilation"]) != ones
+    low = [pads[0] for pads in params["padding"]]
+
+    if not dilated and lhs_spec[1] == 0 == rhs_spec[1]:
+        # Both sum over their leading dimension, the batch: kernel gradient. The window is the output's gradient.
+        component, strides = "bwd_weights", tuple(params["rhs_dilation"])
+        inputs, kernel, output, top = size, result, window, low
+        batch, in_features, features = lhs.shape[lhs_spec[1]], lhs.shape[lhs_spec[0]], rhs.shape[rhs_spec[0]]
+        axes = (
+            (lhs_spec[1], *lhs_spec[2:], lhs_spec[0]),
+            (rhs_spec[1], *rhs_spec[2:], rhs_spec[0]),
+            _inverse((*out_spec[2:], out_spec[0], out_spec[1])),
+        )
+    elif (dilated or flipped) and tuple(params["rhs_dilation"]) == ones:
+        # The output's gradient, spread out by the strides, against the flipped kernel with features exchanged.
+        component, strides = "bwd_input", tuple(params["lhs_dilation"])
+        inputs, kernel, output, top = result, window, size, [w - 1 - p for w, p in zip(window, low, strict=True)]
+        batch, in_features, features = lhs.shape[lhs_spec[0]], rhs.shape[rhs_spec[0]], rhs.shape[rhs_spec[1]]
+        axes = (
+            (lhs_spec[0], *lhs_spec[2:], lhs_spec[1]),
+            (*rhs_spec[2:], rhs_spec[0], rhs_spec[1]),
+            _inverse((out_spec[0], *out_spec[2:], out_spec[1])),
+        )
+    else:
+        return None
+    # Of the paddings at the end that give this many outputs (strides make several do) the smallest.
+    padding = tuple(
+        (t, max((p - 1) * s + k - i - t, 0)) for t, p, s, k, i in zip(top, output, strides, kernel, inputs, strict=True)
+    )
+    if any(
+        t < 0 or p < 1 or (i + t + b - k) // s + 1 != p
+        for (t, b), p, s, k, i in zip(padding, output, strides, kernel, inputs, strict=True)
+    ):
+        return None
+    call = _plan(
+        _struct((batch, *inputs, in_features), lhs.dtype),
+        _struct((*kernel, in_features, features), lhs.dtype),
+        "auto",
+        **_arguments(
+            params,
+            window_strides=strides,
+            padding=padding,
+            lhs_dilation=ones,
+            rhs_dilation=ones,
+            dimension_numbers=_channels_last(rank),
+        ),
+    )
+    if call.route is None:
+        return None
+    return _Kernel(component, call, axes=axes, flip=component == "bwd_input" and not flipped)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jaxpr_of(kernel: _Kernel, avals: tuple[Any, ...], context: Any) -> Any:
+    with context.manager:
+        return _compat.trace(lambda *operands: [kernel(*operands)], avals)
+
+
+def _inlined(closed: Any, invars: Sequence[Any], eqn: Any) -> list[Any] | None:
+    """The equations of ``closed``, applied to ``invars``, in place of ``eqn``; None if they cannot take its place."""
+    jaxpr, (out,) = closed.jaxpr, eqn.outvars
+    (result,) = jaxpr.outvars
+    if closed.consts or not any(v is result for e in jaxpr.eqns for v in e.outvars):
+        return None
+    if result.aval.update(weak_type=False) != out.aval.update(weak_type=False):
+        return None
+    env: dict[Any, Any] = dict(zip(jaxpr.invars, invars, strict=True))
+    env[result] = out
+
+    def renamed(atom: Any) -> Any:
+        if isinstance(atom, core.Literal):
+            return atom
+        return env.setdefault(atom, core.Var(atom.aval))
+
+    return [
+        e.replace(
+            invars=list(map(renamed, e.invars)),
+            outvars=[v if isinstance(v, _compat.DropVar) else renamed(v) for v in e.outvars],
+            source_info=eqn.source_info,
+            ctx=eqn.ctx,
+        )
+        for e in jaxpr.eqns
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Walking through a jaxpr
+
+#: Primitives that call one jaxpr with their operands, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "shard_map": "jaxpr",
+}
+
+#: jaxpr -> what became of it, by the facts of its inputs. A jaxpr that JAX traced once and calls often is also
+#: compiled once: so its rewritten form must be one and the same object each time.
+_MEMO: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """What became of a jaxpr.
+
+    Attributes:
+      jaxpr: the new one; None if it need not change.
+      facts: of its results.
+      reports: on its convolutions.
+    """
+
+    jaxpr: Any
+    facts: tuple[Facts, ...]
+    reports: tuple[ConvReport, ...]
+
+
+def _rewrite(closed: Any, explain: bool = False, reverse: bool = True) -> tuple[Any, tuple[ConvReport, ...]]:
+    """``closed`` with our convolutions. Nothing is known of its arguments; for ``reverse`` see :meth:`_Walk.enter`."""
+    walk = _Walk(explain, _takes_gradients(closed.jaxpr))
+    arguments = [walk.outside(facts.of_type(aval), "an argument of fn") for aval in closed.in_avals]
+    walked = walk.enter(closed, arguments, reverse)
+    return walked.jaxpr or closed, walked.reports
+
+
+def _takes_gradients(jaxpr: Any) -> bool:
+    """Whether there is a kernel gradient among the convolutions: the function differentiates one itself."""
+    memo = _MEMO.setdefault(jaxpr, {})
+    if "takes gradients" not in memo:
+        memo["takes gradients"] = any(
+            (kernel := _as_gradient(eqn, False)) is not None and kernel.component == "bwd_weights"
+            if eqn.primitive is lax.conv_general_dilated_p
+            else any(map(_takes_gradients, core.jaxprs_in_params(eqn.params)))
+            for eqn in jaxpr.eqns
+        )
+    return memo["takes gradients"]
+
+
+class _Walk:
+    """One pass through a function: facts are derived and convolutions replaced, equation by equation.
+
+    Attributes:
+      explain: make reports, and remember where facts come from.
+      grad_inside: the function takes gradients itself; ``relu_input`` is not used, it could no longer help.
+    """
+
+    def __init__(self, explain: bool, grad_inside: bool) -> None:
+        self.explain = explain
+        self.grad_inside = grad_inside
+        self._memo: Any = weakref.WeakKeyDictionary() if explain else _MEMO
+
+    def outside(self, known: Facts, what: str) -> Facts:
+        """Facts of a value that no equation makes."""
+        return replace(known, why=(what, ())) if self.explain else known
+
+    def enter(self, jaxpr: Any, known: Sequence[Facts], reverse: bool = True) -> _Walked:
+        """Walk through a jaxpr, closed or not.
+
+        Args:
+          jaxpr: the jaxpr.
+          known: facts of its inputs.
+          reverse: whether convolutions in it may give up forward mode.
+        """
+        key = (tuple(known), reverse, self.grad_inside)
+        memo = self._memo.setdefault(jaxpr, {})
+        if key not in memo:
+            memo[key] = self._walk(jaxpr, known, reverse)
+        return memo[key]
+
+    def _walk(self, jaxpr: Any, known: Sequence[Facts], reverse: bool) -> _Walked:
+        is_closed = isinstance(jaxpr, core.ClosedJaxpr)
+        inner, consts = (jaxpr.jaxpr, jaxpr.consts) if is_closed else (jaxpr, ())
+        env: dict[Any, Facts] = dict(zip(inner.invars, known, strict=True))
+        for var, value in zip(inner.constvars, consts, strict=False):
+            env[var] = self.outside(facts.of_constant(value, var.aval), "a value that fn closes over")
+        flips: dict[Any, Any] = {}
+        eqns: list[Any] = []
+        reports: list[ConvReport] = []
+
+        for eqn in inner.eqns:
+            operands = [
+                facts.literal_facts(a.val, a.aval) if isinstance(a, core.Literal) else env.get(a, NOTHING)
+                for a in eqn.invars
+            ]
+            name = eqn.primitive.name
+            if eqn.primitive is lax.conv_general_dilated_p:
+                new, report = self._convolution(eqn, operands, reverse, flips)
+                results = [facts.of_type(eqn.outvars[0].aval)]
+                eqns += new
+                reports += report
+            elif name in _CALLS:
+                eqn, results, report = self._call(eqn, operands, reverse)
+                eqns.append(eqn)
+                reports += report
+            elif (rule := _CONTROL_FLOW.get(name)) is not None:
+                eqn, results, report = rule(self, eqn, operands, reverse)
+                eqns.append(eqn)
+                reports += report
+            else:
+                if name == "rev":
+                    flips[eqn.outvars[0]] = eqn
+                results = facts.eqn_facts(eqn, operands)
+                eqns.append(eqn)
+                if self.explain:
+                    reports += self._not_entered(eqn)
+            if self.explain and name not in _CALLS and name not in _CONTROL_FLOW:
+                results = [replace(f, why=(eqn, tuple(operands))) for f in results]
+            env.update(zip(eqn.outvars, results, strict=True))
+
+        out = tuple(
+            facts.literal_facts(v.val, v.aval) if isinstance(v, core.Literal) else env.get(v, NOTHING)
+            for v in inner.outvars
+        )
+        if len(eqns) == len(inner.eqns) and all(map(_is, eqns, inner.eqns)):
+            return _Walked(None, out, tuple(reports))
+        rewritten = inner.replace(eqns=eqns)
+        return _Walked(core.ClosedJaxpr(rewritten, consts) if is_closed else rewritten, out, tuple(reports))
+
+    # -- convolutions
+
+    def _convolution(
+        self, eqn: Any, operands: Sequence[Facts], reverse: bool, flips: dict[Any, Any]
+    ) -> tuple[list[Any], list[ConvReport]]:
+        """What takes the place of a convolution: new equations, or the old one; and a report."""
+        invars = list(eqn.invars)
+        flip = flips.get(invars[1]) if not isinstance(invars[1], core.Literal) else None
+        if flip is not None and set(flip.params["dimensions"]) != set(eqn.params["dimension_numbers"].rhs_spec[2:]):
+            flip = None
+        kernel = _as_gradient(eqn, flipped=flip is not None)
+        if kernel is None:
+            qualifies = operands[0].qualifies and not operands[0].fixed
+            call = _plan(*(v.aval for v in invars), "auto", **_arguments(eqn.params))
+            kernel = _Kernel("fwd", call, qualifies and reverse and not self.grad_inside)
+        elif kernel.component == "bwd_input" and flip is not None:
+            invars[1] = flip.invars[0]
+        new = None
+        if kernel.call.route is not None:
+            closed = _jaxpr_of(kernel, tuple(v.aval for v in invars), eqn.ctx)
+            new = _inlined(closed, invars, eqn)
+        if not self.explain:
+            return new or [eqn], []
+        return new or [eqn], [self._report(eqn, kernel, operands, new is not None, reverse)]
+
+    def _report(
+        self, eqn: Any, kernel: _Kernel, operands: Sequence[Facts], replaced: bool, reverse: bool
+    ) -> ConvReport:
+        paths = dict(explain_call(*_forward_operands(eqn, kernel), kernel.call))
+        if not replaced:
+            reason = kernel.call.reason or "its type in the surrounding function cannot be kept"
+            paths = {name: Component("lax", reason, {}) for name in paths}
+        if kernel.component != "fwd":
+            paths = {kernel.component: paths[kernel.component]}
+        if self.grad_inside:
+            proof = "fn takes a gradient itself, relu_input needs sparsify inside: jax.grad(st.sparsify(loss))"
+        elif not reverse:
+            proof = "in a loop that only forward mode differentiates, or in a function with a rule of its own"
+        else:
+            proof = _proof(operands[0])
+        if kernel.relu_input and replaced:
+            paths["bwd_input"] = Component("sparse", "only where the input is not zero", {})
+        return ConvReport(
+            _source(eqn),
+            str(eqn.source_info.name_stack),
+            " * ".join(v.aval.str_short(short_dtypes=True) for v in eqn.invars),
+            paths,
+            kernel.relu_input and replaced,
+            proof,
+        )
+
+    def _not_entered(self, eqn: Any) -> Iterator[ConvReport]:
+        """Reports on convolutions that are left alone, inside primitives that ``sparsify`` does not know."""
+        reason = f"inside {eqn.primitive.name}, which sparsify leaves alone"
+        for jaxpr in core.jaxprs_in_params(eqn.params):
+            for inner in jaxpr.eqns:
+                if inner.primitive is lax.conv_general_dilated_p:
+                    component = Component("lax", reason, {})
+                    yield ConvReport(
+                        _source(inner),
+                        str(inner.source_info.name_stack),
+                        " * ".join(v.aval.str_short(short_dtypes=True) for v in inner.invars),
+                        dict.fromkeys(("fwd", "bwd_input", "bwd_weights"), component),
+                        False,
+                        reason,
+                    )
+                else:
+                    yield from self._not_entered(inner)
+
+    # -- equations that hold jaxprs: each returns the equation, the facts of its results, and reports
+
+    def _call(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
+        """A jaxpr that is called with the equation's operands."""
+        param = _CALLS[eqn.primitive.name]
+        walked = self.enter(eqn.params[param], operands, reverse)
+        if walked.jaxpr is None:
+            return eqn, walked.facts, walked.reports
+        changes = {param: walked.jaxpr}
+        if eqn.params.get("policy") is not None:
+            changes["policy"] = _Policy(eqn.params["policy"])
+        return eqn.replace(params={**eqn.params, **changes}), walked.facts, walked.reports
+
+    def _cond(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
+        """One of several jaxprs: what is true of the results of each is true."""
+        walks = [self.enter(branch, operands[1:], reverse) for branch in eqn.params["branches"]]
+        results = tuple(functools.reduce(facts.meet, f) for f in zip(*(w.facts for w in walks), strict=True))
+        branches = tuple(w.jaxpr or b for w, b in zip(walks, eqn.params["branches"], strict=True))
+        reports = tuple(r for w in walks for r in w.reports)
+        return _with(eqn, walks, branches=branches), results, reports
+
+    def _scan(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
+        """A loop: what is assumed of the carry must be true of its initial value and of what the body makes of it."""
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        head, carry, tail = operands[:consts], list(operands[consts : consts + carries]), operands[consts + carries :]
+        while True:
+            walked = self.enter(eqn.params["jaxpr"], [*head, *carry, *tail], reverse)
+            weaker = [facts.widen(c, f) for c, f in zip(carry, walked.facts, strict=False)]
+            if weaker == carry:
+                break
+            carry = weaker
+        results = (*carry, *walked.facts[carries:])
+        return _with(eqn, [walked], jaxpr=walked.jaxpr), results, walked.reports
+
+    def _while(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
+        """A loop that only forward mode differentiates: nothing is proven in it, and nothing of its results."""
+        params = eqn.params
+        changes, reports, walks = {}, (), []
+        for name in ("cond_jaxpr", "body_jaxpr"):
+            walked = self.enter(params[name], [facts.of_type(v) for v in params[name].in_avals], False)
+            changes[name], reports = walked.jaxpr or params[name], reports + walked.reports
+            walks.append(walked)
+        return _with(eqn, walks, **changes), self._opaque(eqn, operands), reports
+
+    def _custom_jvp(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
+        """A function with a derivative of its own, which is kept. Convolutions in either have no gradient to mask."""
+        body = eqn.params["call_jaxpr"]
+        walked = self.enter(body, [facts.of_type(v) for v in body.in_avals], False)
+        results = facts.eqn_facts(eqn, operands)
+        if self.explain:
+            results = [replace(f, why=(eqn, tuple(operands))) for f in results]
+        rule = eqn.params["jvp_jaxpr_fun"]
+        changes = {"call_jaxpr": walked.jaxpr, "jvp_jaxpr_fun": _sparse_thunk(rule)}
+        return _with(eqn, [walked], **changes), results, walked.reports
+
+    def _custom_vjp(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
+        """Likewise, with a rule in two parts."""
+        params = eqn.params
+        walked = self.enter(params["call_jaxpr"], [facts.of_type(v) for v in params["call_jaxpr"].in_avals], False)
+        changes = {
+            "call_jaxpr": walked.jaxpr,
+            "fwd_jaxpr_thunk": _sparse_thunk(params["fwd_jaxpr_thunk"]),
+            "bwd": _sparse_function(params["bwd"]),
+        }
+        return _with(eqn, [walked], **changes), self._opaque(eqn, operands), walked.reports
+
+    def _opaque(self, eqn: Any, operands: Sequence[Facts]) -> list[Facts]:
+        """Facts of the results of an equation of which only the types are known, and whether gradients go in."""
+        fixed = all(f.fixed for f in operands)
+        results = [facts.fixed_facts(v.aval) if fixed else facts.of_type(v.aval) for v in eqn.outvars]
+        return [replace(f, why=(eqn, tuple(operands))) for f in results] if self.explain else results
+
+
+_Entered = tuple[Any, Sequence[Facts], tuple[ConvReport, ...]]
+
+_CONTROL_FLOW: dict[str, Callable[[_Walk, Any, Sequence[Facts], bool], _Entered]] = {
+    "cond": _Walk._cond,
+    "scan": _Walk._scan,
+    "while": _Walk._while,
+    "custom_jvp_call": _Walk._custom_jvp,
+    "custom_vjp_call": _Walk._custom_vjp,
+}
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _with(eqn: Any, walks: Sequence[_Walked], **changes: Any) -> Any:
+    """``eqn`` with other parameters if a jaxpr in it changed, else itself."""
+    return eqn.replace(params={**eqn.params, **changes}) if any(w.jaxpr is not None for w in walks) else eqn
+
+
+def _forward_operands(eqn: Any, kernel: _Kernel) -> tuple[Any, Any]:
+    """Types of the operands of the convolution that ``kernel`` is, or is a gradient of."""
+    lhs, rhs = (v.aval for v in eqn.invars)
+    route = kernel.call.route
+    if kernel.component == "fwd" or route is None:
+        return lhs, rhs
+    out = eqn.outvars[0].aval
+    first, second = ([aval.shape[a] for a in axes] for aval, axes in zip((lhs, rhs), kernel.axes[:2], strict=True))
+    result = [out.shape[a] for a in _inverse(kernel.axes[2])]
+    if kernel.component == "bwd_input":
+        return _struct(result, lhs.dtype), _struct(second, lhs.dtype)
+    return _struct(first, lhs.dtype), _struct(result, lhs.dtype)
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """A policy of ``jax.checkpoint`` to which our convolution is one of JAX's.
+
+    Attributes:
+      policy: the user's.
+    """
+
+    policy: Callable[..., Any]
+
+    def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
+        if primitive.name == "sparse_conv_fwd":
+            primitive = lax.conv_general_dilated_p
+        return self.policy(primitive, *avals, **params)
+
+
+def _sparse_thunk(thunk: Any) -> Any:
+    """A custom rule that JAX has yet to trace: a function that returns (jaxpr, constants, ...)."""
+
+    def traced(*args: Any) -> Any:
+        jaxpr, consts, *rest = thunk.call_wrapped(*args)
+        closed, _ = _rewrite(core.ClosedJaxpr(jaxpr, consts), reverse=False)
+        return (closed.jaxpr, closed.consts, *rest)
+
+    return linear_util.wrap_init(traced, debug_info=thunk.debug_info)
+
+
+def _sparse_function(function: Any) -> Any:
+    """A custom rule that JAX calls with arrays and symbolic zeros."""
+
+    def sparse(*args: Any) -> Any:
+        traced = _trace(function.call_wrapped, args, {})
+        return traced.evaluate(_rewrite(traced.jaxpr, reverse=False)[0])
+
+    return linear_util.wrap_init(sparse, debug_info=function.debug_info)
