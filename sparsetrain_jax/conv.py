@@ -47,16 +47,30 @@ class _Route:
         return self._enter(rhs, self.rhs_axes, 0)
 
     def out(self, out: jax.Array) -> jax.Array:
-        if len(self.out_axes) == 3:
-            out = lax.squeeze(out, (1,))
-        return out if self.out_axes == tuple(range(out.ndim)) else lax.transpose(out, self.out_axes)
+        return self._leave(out, self.out_axes, 1)
 
-    def _enter(self, x: jax.Array, axes: tuple[int, ...], new_axis: int) -> jax.Array:
+    def out_transposed(self, g: jax.Array) -> jax.Array:
+        return self._enter(g, _inverse(self.out_axes), 1)
+
+    def lhs_transposed(self, dlhs: jax.Array, dtype: Any) -> jax.Array:
+        return self._leave(dlhs, _inverse(self.lhs_axes), 1).astype(dtype)
+
+    def _enter(self, x: jax.Array, axes: tuple[int, ...], row: int) -> jax.Array:
+        """``x`` in the dtype and order of dimensions of the computation; ``row`` is where 1-D ones get their H or R."""
         if x.dtype != self.dtype:
             x = lax.convert_element_type(x, self.dtype)
-        if axes != tuple(range(x.ndim)):
+        if axes != tuple(range(len(axes))):
             x = lax.transpose(x, axes)
-        return lax.expand_dims(x, (new_axis,)) if len(axes) == 3 else x
+        return lax.expand_dims(x, (row,)) if len(axes) == 3 else x
+
+    def _leave(self, x: jax.Array, axes: tuple[int, ...], row: int) -> jax.Array:
+        if len(axes) == 3:
+            x = lax.squeeze(x, (row,))
+        return x if axes == tuple(range(len(axes))) else lax.transpose(x, axes)
+
+
+def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(np.argsort(axes).tolist())
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
         return f"dimension_numbers: {error}"
     lhs_axes = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
     rhs_axes = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
-    out_axes = tuple(np.argsort((out_spec[0], *out_spec[2:], out_spec[1])).tolist())
+    out_axes = _inverse((out_spec[0], *out_spec[2:], out_spec[1]))
     lhs_shape = tuple(lhs.shape[a] for a in lhs_axes)
     rhs_shape = tuple(rhs.shape[a] for a in rhs_axes)
     size, window = lhs_shape[1:-1], rhs_shape[:-2]
@@ -246,12 +260,10 @@ def _reverse_first_bwd(
     if route is None or not relu_input:
         (dlhs,) = jax.linear_transpose(lambda lhs: call(lhs, rhs), lhs)(g)
         return (primitives.where_active(lhs, dlhs) if relu_input else dlhs), drhs
-    out = jax.ShapeDtypeStruct(
-        (lhs.shape[route.lhs_axes[0]], *route.spec.output_size, route.rhs(rhs).shape[-1]), g.dtype
+    dlhs = primitives.sparse_conv_bwd_input_masked(
+        route.out_transposed(g), route.rhs(rhs), route.lhs(lhs), spec=route.spec
     )
-    (g,) = jax.linear_transpose(route.out, out)(g)
-    dlhs = primitives.sparse_conv_bwd_input_masked(g, route.rhs(rhs), route.lhs(lhs), spec=route.spec)
-    return jax.linear_transpose(route.lhs, lhs)(dlhs)[0], drhs
+    return route.lhs_transposed(dlhs, lhs.dtype), drhs
 
 
 _reverse_first.defvjp(_reverse_first_fwd, _reverse_first_bwd)

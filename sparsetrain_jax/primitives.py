@@ -55,12 +55,13 @@ def _lax_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
 
 
 def _lax_bwd_input(g: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
-    lhs = jax.ShapeDtypeStruct((g.shape[0], *spec.input_size, rhs.shape[2]), g.dtype)
+    # Only the type of the primal matters to linear_transpose, the mesh axes over which it varies included.
+    lhs, _ = _compat.auto_match(jnp.zeros((g.shape[0], *spec.input_size, rhs.shape[2]), g.dtype), g)
     return jax.linear_transpose(lambda lhs: _lax_fwd(lhs, rhs, spec=spec), lhs)(g)[0]
 
 
 def _lax_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> jax.Array:
-    rhs = jax.ShapeDtypeStruct((*spec.kernel_size, lhs.shape[3], g.shape[3]), g.dtype)
+    rhs, _ = _compat.auto_match(jnp.zeros((*spec.kernel_size, lhs.shape[3], g.shape[3]), g.dtype), g)
     return jax.linear_transpose(lambda rhs: _lax_fwd(lhs, rhs, spec=spec), rhs)(g)[0]
 
 
@@ -131,15 +132,21 @@ def _dtype_rule(component: _Component, *avals: Any, spec: ConvSpec) -> Any:
 
 
 def _sharding_rule(component: _Component, *avals: Any, spec: ConvSpec) -> NamedSharding:
-    """Explicit mesh axes of the result: each of its feature letters is sharded as in the operand that has it."""
+    """Explicit mesh axes of the result: each of its feature letters is sharded as in the operand that has it.
+
+    The gradients may contract a letter that both operands shard alike (each device then has a part of the sum, and the
+    custom call's partitioning adds the parts up); the forward pass may not, as in ``jax.lax``.
+    """
     axes: dict[str, Any] = {}
     for letters, aval in zip(component.operands, avals, strict=True):
         for letter, axis in zip(letters, aval.sharding.spec, strict=True):
+            if letter in _FEATURES and axis != axes.setdefault(letter, axis):
+                raise _sharding_error(f"{component.name}: operands shard {letter} differently: {axes[letter]}, {axis}")
             if axis is not None and letter not in _FEATURES:
                 raise _sharding_error(f"{component.name} cannot keep a spatial dimension sharded: {letters} is {aval}")
-            if axis is not None and axes.setdefault(letter, axis) != axis:
-                raise _sharding_error(f"{component.name}: operands shard {letter} differently: {axes[letter]}, {axis}")
-    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
+    if component.contracted == "C" and axes["C"] is not None:
+        raise _sharding_error(f"{component.name}: the input features of lhs and rhs must not be sharded")
+    mesh = next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), avals[0].sharding.mesh)
     return NamedSharding(mesh, PartitionSpec(*(axes.get(letter) for letter in component.result)))
 
 
@@ -196,8 +203,9 @@ def _call_native(component: _Component, *operands: jax.Array, spec: ConvSpec) ->
     dtype = operands[0].dtype
     if any(isinstance(d, int) and d == 0 for d in (*shape, *(d for operand in operands for d in operand.shape))):
         return jnp.zeros(shape, dtype)  # nothing to add up, or nothing to write
-    if component.target not in native.TARGETS:
-        return component.reference(*operands, spec=spec)
+    if component.target not in native.TARGETS:  # only the masked gradient may be missing
+        g, rhs, x = operands
+        return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec))
     call = jax.ffi.ffi_call(component.target, jax.ShapeDtypeStruct(shape, jnp.float32))
     # The one seam between narrow dtypes and the handlers, which compute in float32.
     wide = [operand.astype(jnp.float32) for operand in operands]
@@ -253,8 +261,9 @@ def _partitioned(component: _Component) -> Any:
         + " -> "
         + " ".join(component.result.lower()),
         reduction_factors=(component.contracted.lower(),),
+        # In the order in which they appear, as the rule's verifier wants them.
         need_replication_factors=tuple(
-            f.lower() for f in "HWRSPQ" if any(f in letters for letters in (*component.operands, component.result))
+            dict.fromkeys(f.lower() for f in "".join((*component.operands, component.result)) if f not in _FEATURES)
         ),
     )
     return call
@@ -281,22 +290,25 @@ def _make_primitive(component: _Component) -> Any:
     return primitive
 
 
-_fwd_p = _make_primitive(_Component("sparse_conv_fwd", "sparsetrain_conv_fwd_v1", ("NHWC", "RSCK"), "NPQK", _lax_fwd))
-_bwd_input_p = _make_primitive(
-    _Component("sparse_conv_bwd_input", "sparsetrain_conv_bwd_input_v1", ("NPQK", "RSCK"), "NHWC", _lax_bwd_input)
+_FWD = _Component("sparse_conv_fwd", "sparsetrain_conv_fwd_v1", ("NHWC", "RSCK"), "NPQK", _lax_fwd)
+_BWD_INPUT = _Component(
+    "sparse_conv_bwd_input", "sparsetrain_conv_bwd_input_v1", ("NPQK", "RSCK"), "NHWC", _lax_bwd_input
 )
-_bwd_weights_p = _make_primitive(
-    _Component("sparse_conv_bwd_weights", "sparsetrain_conv_bwd_weights_v1", ("NHWC", "NPQK"), "RSCK", _lax_bwd_weights)
+_BWD_WEIGHTS = _Component(
+    "sparse_conv_bwd_weights", "sparsetrain_conv_bwd_weights_v1", ("NHWC", "NPQK"), "RSCK", _lax_bwd_weights
 )
-_bwd_input_masked_p = _make_primitive(
-    _Component(
-        "sparse_conv_bwd_input_masked",
-        "sparsetrain_conv_bwd_input_masked_v1",
-        ("NPQK", "RSCK", "NHWC"),
-        "NHWC",
-        _lax_bwd_input_masked,
-    )
+_BWD_INPUT_MASKED = _Component(
+    "sparse_conv_bwd_input_masked",
+    "sparsetrain_conv_bwd_input_masked_v1",
+    ("NPQK", "RSCK", "NHWC"),
+    "NHWC",
+    _lax_bwd_input_masked,
 )
+
+_fwd_p = _make_primitive(_FWD)
+_bwd_input_p = _make_primitive(_BWD_INPUT)
+_bwd_weights_p = _make_primitive(_BWD_WEIGHTS)
+_bwd_input_masked_p = _make_primitive(_BWD_INPUT_MASKED)
 
 
 def sparse_conv_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
