@@ -21,10 +21,10 @@ struct SweepArgs {
   uint64_t pair_mask;     // all ones: two pixels share filter loads; zero: pixel by pixel (few non-zeros)
   const float* filter;    // [channel][tap][vectors * lanes], 64-byte aligned
   int pixels;
-  int first;          // may be negative; columns outside [0, columns) are dropped
-  int columns;        // output columns of the row
-  const float* tile;  // [columns][vectors * lanes], partial sums so far; null: start from zero
-  float* out;         // where sums go: the tile again, or the final row
+  int first;            // may be negative; columns outside [0, columns) are dropped
+  int columns;          // output columns of the row
+  const float* tile;    // [columns][vectors * lanes], partial sums so far; null: start from zero
+  float* out;           // where sums go: the tile again, or the final row
   ptrdiff_t out_pitch;  // floats between columns of out
   int out_features;     // features that exist in out, 1..vectors * lanes
   bool stream;          // out by-passes the caches (64-byte aligned, whole vectors)
@@ -51,8 +51,9 @@ struct DataKernels {
   void (*transpose)(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);
 };
 
-// BWW, see kernels_weights.h for the algorithm. The *checked* operand is lhs or g; the other one is the *dense* operand.
-constexpr int kMaxTapRows = 5;     // taps of one walk: a rectangle of the kernel, larger kernels are cut into several
+// BWW, see kernels_weights.h for the algorithm. The *checked* operand is lhs or g; the other one is the *dense*
+// operand.
+constexpr int kMaxTapRows = 5;  // taps of one walk: a rectangle of the kernel, larger kernels are cut into several
 constexpr int kMaxTapColumns = 7;
 constexpr int kVectorChoices = 4;  // a walk takes 1, 2, 4 or 8 vectors of features, indexed by the logarithm
 
@@ -76,21 +77,29 @@ struct WeightsPackArgs {
   uint64_t* masks;  // [channel][positions / 64]
 };
 
-// Copies a row of pixels of the dense operand, `features` of each, to [pixel][width]; the rest of width is zero.
+// Copies `features` of the pixels of the dense operand to [position][width]; the rest of width is zero.
 struct WeightsCopyArgs {
-  const float* from;
-  ptrdiff_t pitch;  // floats between pixels of from
-  int64_t pixels;
+  const float* const* pixels;  // of each position; where it is padding, zeros
+  int64_t positions;
+  int64_t feature;  // the first
   int features;
   float* to;
   int width;  // multiple of lanes
 };
 
+// Lines that a later kernel will read: fetched into L2 bit by bit while this one computes.
+struct WeightsPrefetch {
+  const float* const* pixels;
+  int64_t count;     // of pixels
+  int64_t offset;    // floats from a pixel to the first line
+  int64_t lines;     // of 16 floats
+};
+
 // Where the sums of a walk or tile live between pixel blocks, and where they go after the last one.
 struct WeightsPanel {
-  float* sums;   // [channel][tap][vectors * lanes], 64-byte aligned
-  bool first;    // sums start from zero
-  float* out;    // null: keep them in `sums`; else drhs of channel 0, tap 0
+  float* sums;                                 // [channel][tap][vectors * lanes], 64-byte aligned
+  bool first;                                  // sums start from zero
+  float* out;                                  // null: keep them in `sums`; else drhs of channel 0, tap 0
   ptrdiff_t out_channel, out_row, out_column;  // floats between channels, tap rows and tap columns of out
   int out_features;                            // of vectors * lanes, how many exist in out
 };
@@ -106,6 +115,7 @@ struct WeightsWalkArgs {
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
   ptrdiff_t tap_row;   // positions between rows of taps
   WeightsPanel panel;
+  WeightsPrefetch next[2];
 };
 
 // The same sums without looking for zeros: a register tile of channels x vectors, tap by tap.
@@ -113,12 +123,13 @@ struct WeightsTileArgs {
   const float* values;  // [channel group][image][row][column][channels of a tile]
   ptrdiff_t group_pitch;
   int channels;
-  int images, rows, columns;    // of the block
-  const float* dense;           // as in a walk
+  int images, rows, columns;     // of the block
+  const float* dense;            // as in a walk
   ptrdiff_t image_pitch, pitch;  // positions between images and between rows
   int tap_rows, tap_columns;
   ptrdiff_t tap_row;
   WeightsPanel panel;
+  WeightsPrefetch next[2];
 };
 
 // Copies pixels to the layout that tiles read: groups of `group` channels, pixel by pixel, zero beyond `channels`.

@@ -55,6 +55,31 @@ struct TapSums {
   }
 };
 
+// ---- prefetch ----
+
+// Deals the lines of a WeightsPrefetch out over the turns of a loop.
+class Prefetcher {
+ public:
+  ST_INLINE Prefetcher(const WeightsPrefetch& what, int64_t turns)
+      : pixel_(what.pixels), end_(what.pixels + what.count), offset_(what.offset), lines_(what.lines) {
+    quota_ = (what.count * what.lines + turns - 1) / turns;
+  }
+  ST_INLINE void turn() {
+    for (int64_t i = 0; i < quota_ && pixel_ != end_; ++i) {
+      __builtin_prefetch(*pixel_ + offset_ + 16 * line_, 0, 2);
+      if (++line_ == lines_) {
+        line_ = 0;
+        ++pixel_;
+      }
+    }
+  }
+
+ private:
+  const float* const* pixel_;
+  const float* const* end_;
+  int64_t offset_, lines_, quota_, line_ = 0;
+};
+
 // ---- walk ----
 
 template <class Isa, int kRows, int kColumns, int kVectors>
@@ -149,13 +174,22 @@ struct Walk {
   }
 
   static void run(const WeightsWalkArgs& args) {
+    const bool pairs = kPairs && args.pairs;
+    const int64_t turns = pairs ? (args.channels + 1) / 2 : args.channels;
+    Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
     int c = 0;
     if constexpr (kPairs) {
-      if (args.pairs) {
-        for (; c + 2 <= args.channels; c += 2) channel_pair(args, c);
+      for (; pairs && c + 2 <= args.channels; c += 2) {
+        next_dense.turn();
+        next_checked.turn();
+        channel_pair(args, c);
       }
     }
-    for (; c < args.channels; ++c) channel(args, c);
+    for (; c < args.channels; ++c) {
+      next_dense.turn();
+      next_checked.turn();
+      channel(args, c);
+    }
   }
 };
 
@@ -197,9 +231,13 @@ struct Tile {
     const WeightsPanel& panel = args.panel;
     const int taps = args.tap_rows * args.tap_columns;
     const float* values = args.values;
+    const int64_t turns = static_cast<int64_t>((args.channels + kChannels - 1) / kChannels) * taps;
+    Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
     for (int first = 0; first < args.channels; first += kChannels, values += args.group_pitch) {
       const int channels = args.channels - first < kChannels ? args.channels - first : kChannels;
       for (int t = 0; t < taps; ++t) {
+        next_dense.turn();
+        next_checked.turn();
         const int r = t / args.tap_columns, s = t % args.tap_columns;
         float* sums = panel.sums + (static_cast<int64_t>(first) * taps + t) * kWidth;
         float* out = panel.out + first * panel.out_channel + r * panel.out_row + s * panel.out_column;
@@ -279,9 +317,10 @@ struct Pack {
   static int64_t run(const WeightsPackArgs& args) {
     const int words = args.positions / 64;
     int64_t nonzeros = 0;
-    for (int c = 0; c < args.channels; c += kLanes) {
-      const int channels = args.channels - c < kLanes ? args.channels - c : kLanes;
-      for (int w = 0; w < words; ++w) {
+    // All channels of 64 positions in turn: a pixel's lines follow each other.
+    for (int w = 0; w < words; ++w) {
+      for (int c = 0; c < args.channels; c += kLanes) {
+        const int channels = args.channels - c < kLanes ? args.channels - c : kLanes;
         nonzeros += word(args.pixels + 64 * w, c, channels, args.values + c * args.value_pitch + 64 * w,
                          args.value_pitch, args.masks + static_cast<int64_t>(c) * words + w, words);
       }
@@ -293,9 +332,9 @@ struct Pack {
 template <class Isa>
 void weights_copy(const WeightsCopyArgs& args) {
   constexpr int kLanes = Isa::kLanes;
-  const float* from = args.from;
   float* to = args.to;
-  for (int64_t i = 0; i < args.pixels; ++i, from += args.pitch, to += args.width) {
+  for (int64_t i = 0; i < args.positions; ++i, to += args.width) {
+    const float* from = args.pixels[i] + args.feature;
     int f = 0;
     for (; f + kLanes <= args.features; f += kLanes) Isa::store(to + f, Isa::load(from + f));
     if (f < args.features) {

@@ -212,7 +212,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
   const int64_t width = widest * plan.lanes;
   const int64_t most_channels = std::max(unit, machine.caches.l2_bytes / 3 / (4 * positions) / unit * unit);
   plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
-  const int64_t panel = machine.caches.l2_bytes / 2;
+  const int64_t panel = machine.caches.l2_bytes * 4;
   plan.feature_block = round_up(plan.features, width);
   if (blocks > 1) {
     const int64_t most =

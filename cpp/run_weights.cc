@@ -94,13 +94,19 @@ int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item&
   return offset;
 }
 
-// Scratch of one thread.
+// Pointers to the pixels of a block, position by position; positions without a pixel point to zeros.
+struct PixelTable {
+  const float** pixels;
+  int64_t count;
+};
+
+// Scratch of one thread. Tables come in twos: of what is computed, and of what comes next, to be prefetched.
 struct ItemScratch {
-  const float** pixels;  // of a block's positions
   float* zeros;
+  PixelTable checked[2], dense[2];
   float* values;  // packed pixels of the checked operand
   uint64_t* masks;
-  float* dense;  // a step's block of the dense operand
+  float* copy;  // a step's block of the dense operand
   float* panel;
 };
 
@@ -157,8 +163,9 @@ class WeightsRun {
     for (const PixelClass& cls : plan_.classes) {
       positions_ = std::max(positions_, cls.positions);
       for (const TapGroup& group : cls.groups) {
-        const int64_t halo = group.rows.taps * cls.pitch + group.columns.taps;
-        dense_floats_ = std::max(dense_floats_, (cls.positions + halo) * group.vectors * plan_.lanes);
+        const int64_t positions = cls.positions + group.rows.taps * cls.pitch + group.columns.taps;
+        dense_positions_ = std::max(dense_positions_, positions);
+        copy_floats_ = std::max(copy_floats_, positions * group.vectors * plan_.lanes);
       }
       const int64_t floats = panel_floats(plan_, cls, item);
       all_panels_ += floats;
@@ -170,149 +177,157 @@ class WeightsRun {
 
   ItemScratch take_scratch() const {
     const int64_t lines = round_up(plan_.channel_block, 24) + 64, words = positions_ / 64 + 1;
-    const int64_t values = lines * line_, zeros = plan_.channel_block + 64;
+    const int64_t values = lines * line_, zeros = std::max(plan_.channels, plan_.features) + 64;
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<float*>(positions_) + Scratch::size<float>(zeros) + Scratch::size<float>(values) +
-                  Scratch::size<uint64_t>(lines * words) + Scratch::size<float>(dense_floats_) +
-                  Scratch::size<float>(panel_floats_));
+    scratch.begin(2 * Scratch::size<float*>(positions_) + 2 * Scratch::size<float*>(dense_positions_) +
+                  Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
+                  Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
     ItemScratch s;
-    s.pixels = scratch.take<const float*>(positions_);
+    for (PixelTable& table : s.checked) table = {scratch.take<const float*>(positions_), 0};
+    for (PixelTable& table : s.dense) table = {scratch.take<const float*>(dense_positions_), 0};
     s.zeros = scratch.take<float>(zeros);
     s.values = scratch.take<float>(values);
     s.masks = scratch.take<uint64_t>(lines * words);
-    s.dense = scratch.take<float>(dense_floats_);
+    s.copy = scratch.take<float>(copy_floats_);
     s.panel = scratch.take<float>(panel_floats_);
     std::memset(s.zeros, 0, zeros * sizeof(float));
     return s;
   }
 
-  void run_class(const PixelClass& cls, const Item& item, const ItemScratch& scratch) const {
+  void run_class(const PixelClass& cls, const Item& item, ItemScratch& scratch) const {
     const int64_t blocks = cls.block_count();
     const int64_t begin = blocks * item.chunk / plan_.chunks, end = blocks * (item.chunk + 1) / plan_.chunks;
+    int64_t steps = 0, unused = 0;
+    for (const TapGroup& group : cls.groups) {
+      for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
+    }
+    point_at_checked(cls, begin, item, scratch, scratch.checked[0]);
+    point_at_dense(cls, cls.groups[0], begin, scratch, scratch.dense[0]);
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(plan_, cls, index);
-      WeightsWalkArgs walk = {};
-      WeightsTileArgs tile = {};
-      int64_t positions = 0;
-      if (plan_.sparse) {
-        positions = point_at_positions(cls, block, item, scratch);
-        pack(positions, item, scratch);
-      } else {
-        positions = point_at_pixels(cls, block, item, scratch);
-      }
-      int grouped = -1;
-      int64_t offset = 0;
-      for (const TapGroup& group : cls.groups) {
+      const bool last = index + 1 == end;
+      if (plan_.sparse) pack(item, scratch);
+      scratch.checked[1].count = 0;
+      if (!last) point_at_checked(cls, index + 1, item, scratch, scratch.checked[1]);
+      int64_t offset = 0, step = 0;
+      int grouped = 0;
+      for (size_t i = 0; i < cls.groups.size(); ++i) {
+        const TapGroup& group = cls.groups[i];
+        scratch.dense[1].count = 0;
+        if (i + 1 < cls.groups.size()) {
+          point_at_dense(cls, cls.groups[i + 1], index, scratch, scratch.dense[1]);
+        } else if (!last) {
+          point_at_dense(cls, cls.groups[0], index + 1, scratch, scratch.dense[1]);
+        }
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
-          copy_dense(cls, group, block, item.feature + first, features, vectors, scratch);
-          const WeightsPanel panel = panel_of(group, item, first, features, scratch.panel + sums, index == begin,
-                                              direct() && index + 1 == end);
-          const int choice = log2_of(vectors);
+          const int width = vectors * plan_.lanes;
+          const int64_t feature = item.feature + first;
+          table_.copy({scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
+          const WeightsPanel panel =
+              panel_of(group, item, first, features, scratch.panel + sums, index == begin, direct() && last);
+          const bool more = first + features < item.features;
+          const PixelTable& next = scratch.dense[more ? 0 : 1];
+          const WeightsPrefetch next_dense = {next.pixels, next.count, more ? feature + width : item.feature,
+                                              ceil_div(width, 16)};
+          const PixelTable& ahead = scratch.checked[1];
+          const int64_t from = ahead.count * step / steps, to = ahead.count * (step + 1) / steps;
+          const WeightsPrefetch next_checked = {ahead.pixels + from, to - from, 0, ceil_div(item.channels, 16)};
+          ++step;
+          const int choice = log2_of(vectors), channels = static_cast<int>(item.channels);
           if (plan_.sparse) {
-            walk = {scratch.values,
-                    line_,
-                    scratch.masks,
-                    static_cast<int>(positions / 64),
-                    static_cast<int>(item.channels),
-                    plan_.pairs,
-                    scratch.dense,
-                    cls.pitch,
-                    panel};
-            table_.walk[group.rows.taps][group.columns.taps][choice](walk);
-          } else {
-            const ptrdiff_t group_pitch = positions * table_.tile_channels[choice] + 2 * kLinePad;
-            if (grouped != choice) {
-              table_.group[choice](
-                  {scratch.pixels, positions, static_cast<int>(item.channels), scratch.values, group_pitch});
-              grouped = choice;
-            }
-            tile = {scratch.values,
-                    group_pitch,
-                    static_cast<int>(item.channels),
-                    static_cast<int>(block.images),
-                    static_cast<int>(block.rows),
-                    static_cast<int>(block.columns),
-                    scratch.dense,
-                    cls.image_rows * cls.pitch,
-                    cls.pitch,
-                    group.rows.taps,
-                    group.columns.taps,
-                    cls.pitch,
-                    panel};
-            table_.tile[choice](tile);
+            const int words = static_cast<int>(round_up(scratch.checked[0].count, 64) / 64);
+            table_.walk[group.rows.taps][group.columns.taps][choice]({scratch.values,
+                                                                      line_,
+                                                                      scratch.masks,
+                                                                      words,
+                                                                      channels,
+                                                                      plan_.pairs,
+                                                                      scratch.copy,
+                                                                      cls.pitch,
+                                                                      panel,
+                                                                      {next_dense, next_checked}});
+            return;
           }
+          const ptrdiff_t group_pitch = scratch.checked[0].count * table_.tile_channels[choice] + 2 * kLinePad;
+          if (grouped != vectors) {
+            table_.group[choice](
+                {scratch.checked[0].pixels, scratch.checked[0].count, channels, scratch.values, group_pitch});
+            grouped = vectors;
+          }
+          table_.tile[choice]({scratch.values,
+                               group_pitch,
+                               channels,
+                               static_cast<int>(block.images),
+                               static_cast<int>(block.rows),
+                               static_cast<int>(block.columns),
+                               scratch.copy,
+                               cls.image_rows * cls.pitch,
+                               cls.pitch,
+                               group.rows.taps,
+                               group.columns.taps,
+                               cls.pitch,
+                               panel,
+                               {next_dense, next_checked}});
         });
+        std::swap(scratch.dense[0], scratch.dense[1]);
       }
+      std::swap(scratch.checked[0], scratch.checked[1]);
     }
   }
 
-  // A pointer per position of the block, rows `pitch` apart; positions between rows point to zeros.
-  int64_t point_at_positions(const PixelClass& cls, const Block& block, const Item& item,
-                             const ItemScratch& scratch) const {
-    const int64_t used = block.images == 0 || block.rows == 0 || block.columns == 0
-                             ? 0
-                             : ((block.images - 1) * cls.image_rows + block.rows - 1) * cls.pitch + block.columns;
-    const int64_t positions = round_up(used, 64);
-    std::fill_n(scratch.pixels, positions, scratch.zeros);
-    for_rows(cls, block, item, [&](int64_t image, int64_t row, const float* pixel, int64_t step) {
-      const float** to = scratch.pixels + (image * cls.image_rows + row) * cls.pitch;
-      for (int64_t x = 0; x < block.columns; ++x, pixel += step) to[x] = pixel;
-    });
-    return positions;
-  }
-
-  // A pointer per pixel of the block, without gaps.
-  int64_t point_at_pixels(const PixelClass& cls, const Block& block, const Item& item,
-                          const ItemScratch& scratch) const {
-    const float** to = scratch.pixels;
-    for_rows(cls, block, item, [&](int64_t, int64_t, const float* pixel, int64_t step) {
-      for (int64_t x = 0; x < block.columns; ++x, pixel += step) *to++ = pixel;
-    });
-    return to - scratch.pixels;
-  }
-
-  // Calls f(image, row, first pixel, floats between pixels) for the rows of a block of the checked operand.
-  template <class F>
-  void for_rows(const PixelClass& cls, const Block& block, const Item& item, F&& f) const {
+  // The pixels of a block of the checked operand: for walks at their positions, for tiles without gaps.
+  void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, const ItemScratch& scratch,
+                        PixelTable& table) const {
+    const Block block = block_of(plan_, cls, index);
     const int64_t step = cls.columns.step * checked_.channels;
+    table.count = 0;
+    if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
+    const int64_t pitch = plan_.sparse ? cls.pitch : block.columns;
+    const int64_t image_rows = plan_.sparse ? cls.image_rows : block.rows;
+    table.count = ((block.images - 1) * image_rows + block.rows - 1) * pitch + block.columns;
+    if (plan_.sparse) std::fill_n(table.pixels, round_up(table.count, 64), scratch.zeros);
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = 0; row < block.rows; ++row) {
-        const int64_t y = cls.rows.start + (block.row + row) * cls.rows.step;
-        const int64_t x = cls.columns.start + block.column * cls.columns.step;
-        f(image, row, checked_.at(block.image + image, y, x) + item.channel, step);
+        const float** to = table.pixels + (image * image_rows + row) * pitch;
+        const float* pixel = checked_.at(block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
+                                         cls.columns.start + block.column * cls.columns.step) +
+                             item.channel;
+        for (int64_t x = 0; x < block.columns; ++x, pixel += step) to[x] = pixel;
       }
     }
   }
 
-  void pack(int64_t positions, const Item& item, const ItemScratch& scratch) const {
-    table_.pack({scratch.pixels, static_cast<int>(positions), static_cast<int>(item.channels), scratch.values, line_,
-                 scratch.masks});
-  }
-
-  // The block of the dense operand that a group's taps meet, zero where they meet padding.
-  void copy_dense(const PixelClass& cls, const TapGroup& group, const Block& block, int64_t feature, int features,
-                  int vectors, const ItemScratch& scratch) const {
+  // The pixels of the dense operand that a group's taps meet in a block, zeros where they meet padding.
+  void point_at_dense(const PixelClass& cls, const TapGroup& group, int64_t index, const ItemScratch& scratch,
+                      PixelTable& table) const {
+    const Block block = block_of(plan_, cls, index);
     const TapAxis &rows = group.rows, &columns = group.columns;
-    const int64_t width = static_cast<int64_t>(vectors) * plan_.lanes;
-    const int64_t want = block.columns + columns.taps - 1, first = block.column + columns.offset;
-    const int64_t left = std::clamp<int64_t>(-first, 0, want);
-    const int64_t right = std::clamp<int64_t>(columns.count - first, left, want);
-    const int64_t pitch = columns.step * dense_.channels;
+    table.count = 0;
+    if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
+    const int64_t want_rows = block.rows + rows.taps - 1, want_columns = block.columns + columns.taps - 1;
+    const int64_t first_row = block.row + rows.offset, first = block.column + columns.offset;
+    const int64_t begin_row = std::clamp<int64_t>(-first_row, 0, want_rows);
+    const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
+    const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
+    const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
+    const int64_t step = columns.step * dense_.channels;
+    table.count = ((block.images - 1) * cls.image_rows + want_rows - 1) * cls.pitch + want_columns;
+    std::fill_n(table.pixels, table.count, scratch.zeros);
+    if (begin == end) return;
     for (int64_t image = 0; image < block.images; ++image) {
-      for (int64_t row = 0; row < block.rows + rows.taps - 1; ++row) {
-        float* to = scratch.dense + (image * cls.image_rows + row) * cls.pitch * width;
-        const int64_t y = block.row + rows.offset + row;
-        if (y < 0 || y >= rows.count || left == right) {
-          std::memset(to, 0, want * width * sizeof(float));
-          continue;
-        }
-        std::memset(to, 0, left * width * sizeof(float));
-        const float* from =
-            dense_.at(block.image + image, rows.start + y * rows.step, columns.start + (first + left) * columns.step);
-        table_.copy({from + feature, pitch, right - left, features, to + left * width, static_cast<int>(width)});
-        std::memset(to + right * width, 0, (want - right) * width * sizeof(float));
+      for (int64_t row = begin_row; row < end_row; ++row) {
+        const float** to = table.pixels + (image * cls.image_rows + row) * cls.pitch;
+        const float* pixel = dense_.at(block.image + image, rows.start + (first_row + row) * rows.step,
+                                       columns.start + (first + begin) * columns.step);
+        for (int64_t x = begin; x < end; ++x, pixel += step) to[x] = pixel;
       }
     }
+  }
+
+  void pack(const Item& item, const ItemScratch& scratch) const {
+    const PixelTable& table = scratch.checked[0];
+    table_.pack({table.pixels, static_cast<int>(round_up(table.count, 64)), static_cast<int>(item.channels),
+                 scratch.values, line_, scratch.masks});
   }
 
   // Where drhs has tap 0 of a group, for a channel of the checked and a feature of the dense operand.
@@ -359,7 +374,7 @@ class WeightsRun {
   const WeightsKernels& table_;
   Image checked_, dense_;
   float* drhs_;
-  int64_t positions_ = 0, line_ = 0, dense_floats_ = 0, panel_floats_ = 0, all_panels_ = 0;
+  int64_t positions_ = 0, line_ = 0, dense_positions_ = 0, copy_floats_ = 0, panel_floats_ = 0, all_panels_ = 0;
 };
 
 }  // namespace
