@@ -103,9 +103,12 @@ def print_results(records: list[Record], console: Console) -> None:
     threads = f"{first.threads} thread{'s'[: first.threads > 1]}"
     console.print(
         f"\n{first.isa}, {threads}, {first.mask} zeros, mode={first.mode}; measured peak {peak} GF/s.\n"
-        "GF/s dense-equivalent, medians; ratios: time of the other over ours, above 1 we win.\n"
-        "Untuned: default malloc and OpenMP settings; spinning OpenMP threads then cost oneDNN itself a good part."
+        "GF/s dense-equivalent, medians; ratios: time of the other over ours, above 1 we win."
     )
+    if first.untuned_gflops is not None:
+        console.print(
+            "Untuned: default malloc and OpenMP settings; spinning OpenMP threads then slow oneDNN itself, too."
+        )
     for component in COMPONENTS:
         chosen = [record for record in records if record.component == component]
         if chosen:
@@ -147,10 +150,23 @@ def component_table(component: str, records: list[Record]) -> Table:
 
 
 def summary_table(records: list[Record]) -> Table:
-    table = Table(title="Geometric means (and the worst layer) by group", title_justify="left")
-    for heading in ("group", "component"):
-        table.add_column(heading)
-    for heading in ("zeros", "layers", "x oneDNN", "worst", "x XLA", "worst", "untuned: x oneDNN", "x XLA"):
+    def worst(rows: list[Record], name: str) -> str:
+        return common.number(min((ratio for row in rows if (ratio := getattr(row, name))), default=None))
+
+    def mean(rows: list[Record], name: str) -> float | None:
+        return common.geometric_mean(getattr(row, name) for row in rows)
+
+    columns: list[tuple[str, str, Callable[[list[Record], str], str]]] = [
+        ("x oneDNN", "x_onednn", lambda rows, name: common.colored_ratio(mean(rows, name))),
+        ("worst", "x_onednn", worst),
+        ("x XLA", "x_xla", lambda rows, name: common.colored_ratio(mean(rows, name))),
+        ("worst", "x_xla", worst),
+        ("untuned: x oneDNN", "untuned_x_onednn", lambda rows, name: common.number(mean(rows, name))),
+        ("x XLA", "untuned_x_xla", lambda rows, name: common.number(mean(rows, name))),
+    ]
+    columns = [column for column in columns if any(getattr(record, column[1]) is not None for record in records)]
+    table = Table("group", "component", title="Geometric means (and the worst layer) by group", title_justify="left")
+    for heading in ("zeros", "layers", *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right")
     keys = dict.fromkeys((record.group, record.component, record.sparsity) for record in records)
     order = {component: index for index, component in enumerate(COMPONENTS)}
@@ -161,13 +177,7 @@ def summary_table(records: list[Record]) -> Table:
             table.add_section()
         previous = (group, component)
         rows = [r for r in records if (r.group, r.component, r.sparsity) == (group, component, sparsity)]
-        cells = []
-        for name in ("x_onednn", "x_xla"):
-            ratios = [getattr(row, name) for row in rows]
-            cells.append(common.colored_ratio(common.geometric_mean(ratios)))
-            cells.append(common.number(min((ratio for ratio in ratios if ratio), default=None)))
-        for name in ("untuned_x_onednn", "untuned_x_xla"):
-            cells.append(common.number(common.geometric_mean(getattr(row, name) for row in rows)))
+        cells = [cell(rows, name) for _, name, cell in columns]
         table.add_row(group, component, f"{sparsity:.2f}", str(len(rows)), *cells)
     return table
 
