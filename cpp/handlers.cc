@@ -31,7 +31,9 @@ class XlaExecutor : public Executor {
 // lhs NHWC, rhs HWIO and out NHWC of the forward convolution, whichever of them this operation reads or writes.
 ffi::Error make_shape(const char* op, Geometry geometry, ffi::Span<const int64_t> lhs, ffi::Span<const int64_t> rhs,
                       ffi::Span<const int64_t> out, int64_t mode, ConvShape* shape) {
-  const auto fail = [op](const std::string& what) { return ffi::Error::InvalidArgument(std::string(op) + ": " + what); };
+  const auto fail = [op](const std::string& what) {
+    return ffi::Error::InvalidArgument(std::string(op) + ": " + what);
+  };
   if (geometry.size() != 6) {
     return fail("geometry must be [stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right], got " +
                 std::to_string(geometry.size()) + " numbers");
@@ -84,21 +86,22 @@ ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int
 
 ffi::Error conv_fwd_handler(ffi::ThreadPool pool, F32 lhs, F32 rhs, Result out, Geometry geometry, int64_t mode) {
   ConvShape shape;
-  ffi::Error error = make_shape("sparse_conv_fwd", geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode,
-                                &shape);
+  ffi::Error error =
+      make_shape("sparse_conv_fwd", geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode, &shape);
   if (error.failure()) return error;
   return run<conv_fwd>("sparse_conv_fwd", pool, shape, mode, lhs, rhs, out);
 }
 
 ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, F32 g, F32 rhs, Result dlhs, Geometry geometry, int64_t mode) {
   ConvShape shape;
-  ffi::Error error = make_shape("sparse_conv_bwd_input", geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(),
-                                mode, &shape);
+  ffi::Error error =
+      make_shape("sparse_conv_bwd_input", geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
   if (error.failure()) return error;
   return run<conv_bwd_input>("sparse_conv_bwd_input", pool, shape, mode, g, rhs, dlhs);
 }
 
-ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, F32 lhs, F32 g, Result drhs, Geometry geometry, int64_t mode) {
+ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, F32 lhs, F32 g, Result drhs, Geometry geometry,
+                                    int64_t mode) {
   ConvShape shape;
   ffi::Error error = make_shape("sparse_conv_bwd_weights", geometry, lhs.dimensions(), drhs->dimensions(),
                                 g.dimensions(), mode, &shape);

@@ -7,8 +7,8 @@
 
 namespace sparsetrain {
 
-// Target names with their handlers (XLA_FFI_Handler*). Names and attributes are a versioned interface: exported programs
-// carry them.
+// Target names with their handlers (XLA_FFI_Handler*). Names and attributes are a versioned interface: exported
+// programs carry them.
 std::vector<std::pair<const char*, void*>> registrations();
 
 }  // namespace sparsetrain

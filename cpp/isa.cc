@@ -71,7 +71,9 @@ const Machine& machine() {
       cache_bytes(_SC_LEVEL2_CACHE_SIZE, 512 << 10),
       cache_bytes(_SC_LEVEL3_CACHE_SIZE, 8 << 20),
 #else
-      32 << 10, 512 << 10, 8 << 20,
+      32 << 10,
+      512 << 10,
+      8 << 20,
 #endif
   };
   return machine;

@@ -24,7 +24,8 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
   if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
   const int64_t sh = geometry[0], sw = geometry[1];
-  ConvShape shape{dims[0], dims[1], dims[2], dims[3], dims[5], dims[6], dims[4], 0, 0, sh, sw, geometry[2], geometry[4]};
+  ConvShape shape{dims[0], dims[1], dims[2], dims[3], dims[5],     dims[6],    dims[4],
+                  0,       0,       sh,      sw,      geometry[2], geometry[4]};
   shape.oh = (shape.h + geometry[2] + geometry[3] - shape.r) / sh + 1;
   shape.ow = (shape.w + geometry[4] + geometry[5] - shape.s) / sw + 1;
   for (const int64_t x : {shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.oh, shape.ow, sh, sw}) {

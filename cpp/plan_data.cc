@@ -68,17 +68,34 @@ bool offered(const Kernels& kernels, int taps, int vectors) {
   return true;
 }
 
-// The widest feature block that registers allow, unless a narrower one leaves fewer lanes unused in the last block.
-void choose_vectors(const Kernels& kernels, int taps, DataPlan* plan) {
+// Bytes of a filter block: it shares L1 with the sums and pixels that pass by. Caches above 32 KiB gained nothing from
+// more (tried 30 and 36 KiB of 48).
+int64_t filter_bytes(const Machine& machine) { return std::min<int64_t>(machine.l1_bytes * 3 / 4, 24 << 10); }
+
+int64_t channels_in_block(const Machine& machine, int lanes, int taps, int vectors, int64_t channels) {
+  const int64_t fits = filter_bytes(machine) / (4 * taps * vectors * lanes);
+  const int64_t most = std::min<int64_t>(kMaxBlock, ceil_div(channels, lanes) * lanes);
+  const int64_t block = std::clamp<int64_t>(fits / lanes * lanes, lanes, most);
+  return ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes;  // even blocks
+}
+
+// Feature vectors of a block, by the loads of a sweep. For each non-zero: taps * vectors of the filter and one
+// broadcast. For each pixel and channel block: the sums, in and out. Wide blocks save broadcasts, and cost sums,
+// because the channel block shrinks for them. Unused lanes of the last block count like any others.
+void choose_vectors(const Machine& machine, const Kernels& kernels, int taps, DataPlan* plan) {
+  constexpr double kTypicalDensity = 0.3;
   const int64_t needed = ceil_div(plan->features, kernels.lanes);
-  int64_t best_cost = 0;
+  double best_cost = 0;
   for (int v = kMaxVectors; v >= 1; --v) {
     if (!offered(kernels, taps, v)) continue;
     const int64_t blocks = ceil_div(needed, v);
     int last = static_cast<int>(needed - (blocks - 1) * v);
     while (!offered(kernels, taps, last)) ++last;
-    // In vector FMAs per non-zero and tap, plus the loop around them that every block pays again.
-    const int64_t cost = taps * ((blocks - 1) * v + last) + 2 * blocks;
+    const auto loads = [&](int vectors) {
+      const int64_t block = channels_in_block(machine, kernels.lanes, taps, vectors, plan->channels);
+      return kTypicalDensity * (taps * vectors + 1) + 2.0 * vectors / static_cast<double>(block);
+    };
+    const double cost = static_cast<double>(blocks - 1) * loads(v) + loads(last);
     if (plan->vectors == 0 || cost < best_cost) {
       best_cost = cost;
       plan->vectors = v;
@@ -89,30 +106,21 @@ void choose_vectors(const Kernels& kernels, int taps, DataPlan* plan) {
 }
 
 void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, DataPlan* plan) {
-  const int lanes = kernels.lanes;
-  const int64_t features = static_cast<int64_t>(plan->vectors) * lanes;
-  // A filter block leaves a quarter of L1 to the sums and the pixels that pass by.
-  const int64_t fits = machine.l1_bytes * 3 / 4 / (4 * taps * features);
-  const int64_t most = std::min<int64_t>(kMaxBlock, ceil_div(plan->channels, lanes) * lanes);
-  int64_t block = std::clamp<int64_t>(fits / lanes * lanes, lanes, most);
-  block = ceil_div(ceil_div(plan->channels, ceil_div(plan->channels, block)), lanes) * lanes;  // even blocks
-  plan->channel_block = static_cast<int>(block);
+  const int64_t features = static_cast<int64_t>(plan->vectors) * kernels.lanes;
+  plan->channel_block =
+      static_cast<int>(channels_in_block(machine, kernels.lanes, taps, plan->vectors, plan->channels));
 
-  // Partial sums of a tile: a fifth of L2. Its input: at most L2, read block by block.
+  // Partial sums of a tile and one feature block: a fifth of L2; tiles from a quarter of that are worth their filter
+  // traffic, and there should be enough for the threads of any machine.
+  constexpr int64_t kTiles = 16;
+  const int64_t most = std::max<int64_t>(16, machine.l2_bytes / 5 / (4 * features)),
+                worth = std::max<int64_t>(16, most / 4);
   const int64_t step = plan->classes.front().step;
-  const int64_t sum_bytes = machine.l2_bytes / 5;
-  const int64_t column_bytes = 4 * features;
-  int64_t columns = ceil_div(std::min(plan->out_columns, std::max<int64_t>(16, sum_bytes / column_bytes)), step) * step;
-  columns = ceil_div(ceil_div(plan->out_columns, ceil_div(plan->out_columns, columns)), step) * step;
-  plan->tile_columns = columns;
   const int64_t all_rows = plan->images * plan->out_rows;
-  int64_t rows = std::max<int64_t>(1, sum_bytes / (columns * column_bytes));
-  // Enough tiles for the threads of any machine, as long as a tile is worth its filter traffic.
-  const int64_t worth = std::max<int64_t>(1, sum_bytes / 4 / (columns * column_bytes));
-  const int64_t wanted = ceil_div(all_rows * plan->column_tiles(), 16);
-  rows = std::clamp<int64_t>(wanted, std::min(worth, rows), rows);
-  rows = ceil_div(all_rows, ceil_div(all_rows, rows));
-  plan->tile_rows = rows;
+  const int64_t wanted = std::clamp(ceil_div(all_rows * plan->out_columns, kTiles), worth, most);
+  const int64_t column_tiles = ceil_div(plan->out_columns, all_rows == 1 ? wanted : most);
+  plan->tile_columns = ceil_div(ceil_div(plan->out_columns, column_tiles), step) * step;
+  plan->tile_rows = ceil_div(all_rows, ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns)));
 }
 
 }  // namespace
@@ -160,7 +168,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   plan.row_pad = shape.pad_top;
   fwd ? split_fwd(shape, &plan) : split_bwd_input(shape, &plan);
   const int taps = widest_strand(plan);
-  choose_vectors(kernels, taps, &plan);
+  choose_vectors(machine, kernels, taps, &plan);
   choose_blocks(machine, kernels, taps, &plan);
   plan.copy = shape.r * shape.s > 1;
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;

@@ -36,9 +36,10 @@ class PackedKernel {
     int64_t class_taps = 0;
     for (const Strand& s : plan_.classes[cls].strands) class_taps += s.taps;
     const int64_t features = vectors(block) * lanes_;
-    return static_cast<size_t>(block * floats_per_feature_ * plan_.vectors * lanes_ +
-                               (taps_before_[cls] * padded_channels() + channel_block * plan_.channel_block * class_taps) *
-                                   plan_.kernel_rows * features);
+    return static_cast<size_t>(
+        block * floats_per_feature_ * plan_.vectors * lanes_ +
+        (taps_before_[cls] * padded_channels() + channel_block * plan_.channel_block * class_taps) * plan_.kernel_rows *
+            features);
   }
 
   void pack(const Kernels& kernels, const float* rhs, int64_t block, int64_t channel_block, float* packed) const {
@@ -307,7 +308,8 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
   input.take(scratch);
   float* tile = scratch.take<float>(sums);
   const int64_t nonzeros = input.scan(call.kernels, call.input);
-  const float density = input.elements() > 0 ? static_cast<float>(nonzeros) / static_cast<float>(input.elements()) : 0.0f;
+  const float density =
+      input.elements() > 0 ? static_cast<float>(nonzeros) / static_cast<float>(input.elements()) : 0.0f;
   const bool dense = call.mode == Mode::kDense || (call.mode == Mode::kAuto && density >= plan.dense_density);
   if (dense) input.fill_masks();
   const uint64_t pair_mask = dense || density >= plan.pair_density ? ~uint64_t{0} : 0;
@@ -337,20 +339,22 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
   const int64_t groups =
       std::clamp<int64_t>(tiles == 0 ? 1 : (3 * executor.concurrency() + tiles - 1) / tiles, 1, plan.blocks);
-  run_phases(executor, {
-                           {plan.blocks * channel_blocks,
-                            [&](int64_t i) { layout.pack(k, rhs, i / channel_blocks, i % channel_blocks, packed.as<float>()); }},
-                           {tiles * groups,
-                            [&](int64_t i) {
-                              const int64_t tile = i / groups, group = i % groups;
-                              const int64_t row = tile / column_tiles * plan.tile_rows;
-                              const int64_t column = tile % column_tiles * plan.tile_columns;
-                              const int64_t step = plan.classes.front().step;
-                              run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
-                                       {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
-                                       {plan.blocks * group / groups, plan.blocks * (group + 1) / groups});
-                            }},
-                       });
+  run_phases(executor,
+             {
+                 {plan.blocks * channel_blocks,
+                  [&](int64_t i) { layout.pack(k, rhs, i / channel_blocks, i % channel_blocks, packed.as<float>()); }},
+                 {tiles * groups,
+                  [&](int64_t i) {
+                    const int64_t tile = i / groups, group = i % groups;
+                    const int64_t row = tile / column_tiles * plan.tile_rows;
+                    const int64_t column = tile % column_tiles * plan.tile_columns;
+                    const int64_t step = plan.classes.front().step;
+                    run_tile(
+                        call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
+                        {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
+                        {plan.blocks * group / groups, plan.blocks * (group + 1) / groups});
+                  }},
+             });
 }
 
 }  // namespace

@@ -26,9 +26,7 @@ struct Avx512 {
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static ST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
-  static ST_INLINE uint32_t nonzero(Vec v) {
-    return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  }
+  static ST_INLINE uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
   static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
   }

@@ -56,13 +56,15 @@ void for_each_product(const ConvShape& s, F f) {
           }
 }
 
-bool same(const char* op, const char* isa, const Case& c, const std::vector<float>& want, const std::vector<float>& got) {
+bool same(const char* op, const char* isa, const Case& c, const std::vector<float>& want,
+          const std::vector<float>& got) {
   for (size_t i = 0; i < want.size(); ++i) {
     if (want[i] == got[i]) continue;
     const ConvShape& s = c.s;
-    std::printf("%s %s: [%zu] is %g, should be %g; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld out %ldx%ld\n",
-                isa, op, i, got[i], want[i], (long)s.n, (long)s.h, (long)s.w, (long)s.c, (long)s.r, (long)s.s, (long)s.k,
-                (long)s.stride_h, (long)s.stride_w, (long)s.pad_top, (long)s.pad_left, (long)s.oh, (long)s.ow);
+    std::printf(
+        "%s %s: [%zu] is %g, should be %g; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld out %ldx%ld\n",
+        isa, op, i, got[i], want[i], (long)s.n, (long)s.h, (long)s.w, (long)s.c, (long)s.r, (long)s.s, (long)s.k,
+        (long)s.stride_h, (long)s.stride_w, (long)s.pad_top, (long)s.pad_left, (long)s.oh, (long)s.ow);
     return false;
   }
   return true;
@@ -96,7 +98,8 @@ int main(int argc, char** argv) {
     const double density = pick({0, 5, 30, 60, 100}) / 100.0;
     const auto fill = [&](std::vector<float>& v, int64_t size, double d) {
       v.resize(size);
-      for (float& x : v) x = (random() % 1000) / 1000.0 < d ? static_cast<float>(static_cast<int>(random() % 9) - 4) : 0.0f;
+      for (float& x : v)
+        x = (random() % 1000) / 1000.0 < d ? static_cast<float>(static_cast<int>(random() % 9) - 4) : 0.0f;
     };
     fill(c.lhs, s.n * s.h * s.w * s.c, density);
     fill(c.rhs, s.r * s.s * s.c * s.k, 1);
