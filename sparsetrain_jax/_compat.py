@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src import api_util, core, dispatch
+from jax._src import api_util, core, dispatch, mesh
 from jax._src import linear_util as lu
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
@@ -24,6 +24,7 @@ __all__ = [
     "ShardingTypeError",
     "auto_match",
     "is_single_device",
+    "lower_plain",
     "needs_devices",
     "standard_primitive",
     "trace",
@@ -33,7 +34,7 @@ __all__ = [
 def standard_primitive(
     name: str, shape_rule: Callable[..., Any], dtype_rule: Callable[..., Any], sharding_rule: Callable[..., Any]
 ) -> Primitive:
-    """A primitive with one result that JAX evaluates as it does its own: eager dispatch, explicit sharding, manual axes.
+    """A primitive with one result that JAX treats like its own: eager dispatch, explicit sharding, manual axes.
 
     The rules get the operands' abstract values and the primitive's parameters.
     """
@@ -53,6 +54,22 @@ def is_single_device(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether a lowering is for one device, so that nothing has to be partitioned."""
     context = ctx.module_context.axis_context
     return isinstance(context, mlir.ShardingContext) and context.num_devices == 1
+
+
+def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """A lowering rule from ``function``, which sees its operands as plain arrays.
+
+    Explicit shardings and manual mesh axes are in the operands' types while users' functions are traced. By the time of
+    lowering they have done their work, and would only make the function's own operations object.
+    """
+    rule = mlir.lower_fun(function, multiple_results=False)
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
+        plain = [core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        with mesh.use_abstract_mesh(mesh.empty_abstract_mesh):
+            return rule(ctx.replace(avals_in=plain), *operands, **parameters)
+
+    return lower
 
 
 def auto_match(*operands: Any) -> Sequence[jax.Array]:

@@ -357,7 +357,7 @@ def _sparse_conv_call(
         raise ValueError(f"lhs must have rank 3, 4 or 5, (batch, *spatial, features), got shape {lhs.shape}")
     if rhs.ndim != lhs.ndim:
         raise ValueError(
-            f"rhs must have the rank of lhs, (*window, in_features, features), got shape {rhs.shape} for lhs {lhs.shape}"
+            f"rhs must have the rank of lhs, (*window, in_features, features), got {rhs.shape} for lhs {lhs.shape}"
         )
     if lhs.dtype != rhs.dtype:
         raise TypeError(f"lhs and rhs must have one dtype, got {lhs.dtype} and {rhs.dtype}; cast one with .astype")
@@ -370,7 +370,8 @@ def _sparse_conv_call(
         raise ValueError(f"feature_group_count must be a positive integer, got {groups}")
     if lhs.shape[-1] % groups or rhs.shape[-1] % groups:
         raise ValueError(
-            f"feature_group_count must divide the features of lhs and rhs, got {groups} for {lhs.shape[-1]} and {rhs.shape[-1]}"
+            f"feature_group_count must divide the features of lhs and rhs, got {groups} for "
+            f"{lhs.shape[-1]} and {rhs.shape[-1]}"
         )
     if lhs.shape[-1] // groups != rhs.shape[-2]:
         raise ValueError(
@@ -422,8 +423,8 @@ def conv_general_dilated(
     Signature, semantics, dtypes and exceptions are those of the stock function; zeros times Inf or NaN may count as 0
     or as NaN. Differentiable in both modes and any nesting of them.
 
-    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation, negative padding and ``out_sharding``, in
-    float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to that
+    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation, negative padding and ``out_sharding``,
+    in float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to that
     and back. :func:`explain` tells which path a call takes.
     """
     return ConvHook()(

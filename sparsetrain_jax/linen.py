@@ -12,8 +12,8 @@ __all__ = ["SparseConv"]
 class SparseConv(nn.Conv):
     """``flax.linen.Conv`` that skips zeros: same arguments, parameters and results.
 
-    Its parameters have the names, shapes and, for a layer with an explicit ``name`` and the same key, the initial values
-    of ``nn.Conv``'s. An unnamed layer is called ``SparseConv_0`` after its class, where ``nn.Conv`` is ``Conv_0``: name
+    Its parameters have the names, shapes and, for a layer with an explicit ``name`` and the same key, the initial
+    values of ``nn.Conv``'s. An unnamed layer is called ``SparseConv_0`` after its class, where ``nn.Conv`` is ``Conv_0``: name
     layers explicitly to move checkpoints between the two.
 
     Attributes:

@@ -86,7 +86,8 @@ def _apply_environment() -> None:
         _native.set_isa(requested)
     except ValueError as error:
         raise ValueError(
-            f"SPARSETRAIN_ISA must be one of {', '.join(map(repr, available_isas()))} on this machine, got {requested!r}"
+            f"SPARSETRAIN_ISA must be, on this machine, one of {', '.join(map(repr, available_isas()))}; "
+            f"got {requested!r}"
         ) from error
 
 

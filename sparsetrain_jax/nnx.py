@@ -57,7 +57,7 @@ class SparseConv(nnx.Conv):
 
     @property
     def relu_input(self) -> bool:
-        """The promise that the input comes out of a ReLU; can be set. False with a ``conv_general_dilated`` of yours."""
+        """The promise that the input comes out of a ReLU; can be set. False for a user's ``conv_general_dilated``."""
         return getattr(self.conv_general_dilated, "relu_input", False)
 
     @relu_input.setter
@@ -66,7 +66,7 @@ class SparseConv(nnx.Conv):
 
     @property
     def mode(self) -> str:
-        """``"auto"``, ``"sparse"`` or ``"dense"``; can be set. ``"auto"`` with a ``conv_general_dilated`` of yours."""
+        """``"auto"``, ``"sparse"`` or ``"dense"``; can be set. ``"auto"`` for a user's ``conv_general_dilated``."""
         return getattr(self.conv_general_dilated, "mode", "auto")
 
     @mode.setter

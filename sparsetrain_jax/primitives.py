@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -55,13 +56,12 @@ def _lax_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
 
 
 def _lax_bwd_input(g: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
-    # Only the type of the primal matters to linear_transpose, the mesh axes over which it varies included.
-    lhs, _ = _compat.auto_match(jnp.zeros((g.shape[0], *spec.input_size, rhs.shape[2]), g.dtype), g)
+    lhs = jax.ShapeDtypeStruct((g.shape[0], *spec.input_size, rhs.shape[2]), g.dtype)
     return jax.linear_transpose(lambda lhs: _lax_fwd(lhs, rhs, spec=spec), lhs)(g)[0]
 
 
 def _lax_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> jax.Array:
-    rhs, _ = _compat.auto_match(jnp.zeros((*spec.kernel_size, lhs.shape[3], g.shape[3]), g.dtype), g)
+    rhs = jax.ShapeDtypeStruct((*spec.kernel_size, lhs.shape[3], g.shape[3]), g.dtype)
     return jax.linear_transpose(lambda rhs: _lax_fwd(lhs, rhs, spec=spec), rhs)(g)[0]
 
 
@@ -159,7 +159,7 @@ def _sharding_error(message: str) -> Exception:
 
 
 def _batch(component: _Component, primitive: Any, args: Sequence[Any], dims: Sequence[Any], *, spec: ConvSpec) -> Any:
-    """One call with the batch folded into N, C or K where one letter belongs to just the batched operands; else a loop."""
+    """One call with the batch folded into N, C or K if one of them is in just the batched operands; else a loop."""
     batched = [dim is not None for dim in dims]
     for letter in _FEATURES:
         own = [letter in letters for letters in component.operands]
@@ -206,15 +206,29 @@ def _call_native(component: _Component, *operands: jax.Array, spec: ConvSpec) ->
     if component.target not in native.TARGETS:  # only the masked gradient may be missing
         g, rhs, x = operands
         return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec))
-    call = jax.ffi.ffi_call(component.target, jax.ShapeDtypeStruct(shape, jnp.float32))
     # The one seam between narrow dtypes and the handlers, which compute in float32.
     wide = [operand.astype(jnp.float32) for operand in operands]
-    out = call(*wide, geometry=np.array(spec.geometry, np.int64), mode=np.int64(MODES.index(spec.mode)))
-    return out.astype(dtype)
+    return _custom_call(component).bind(*wide, spec=spec).astype(dtype)
+
+
+@functools.cache
+def _custom_call(component: _Component) -> Any:
+    """The bare custom call, for lowering only: a primitive too, so that traces show it by the component's name."""
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
+        geometry, mode = np.array(spec.geometry, np.int64), np.int64(MODES.index(spec.mode))
+        return jax.ffi.ffi_lowering(component.target)(ctx, *operands, geometry=geometry, mode=mode)
+
+    primitive = Primitive(component.name)
+    primitive.def_abstract_eval(
+        lambda *avals, spec: avals[0].update(shape=component.result_shape(spec, [aval.shape for aval in avals]))
+    )
+    mlir.register_lowering(primitive, lower, platform="cpu")
+    return primitive
 
 
 def _partitioned(component: _Component) -> Any:
-    """The custom call as a function that XLA's partitioner splits along N, C and K instead of gathering its operands."""
+    """The custom call as a function that XLA's partitioner splits along N, C and K instead of gathering operands."""
     position = len(component.operands)
 
     def axes_by_letter(shapes: Sequence[Any], result: Any) -> dict[str, tuple[str, ...]]:
@@ -277,13 +291,13 @@ def _make_primitive(component: _Component) -> Any:
         functools.partial(_sharding_rule, component),
     )
     partitioned = _partitioned(component)
-    whole = mlir.lower_fun(functools.partial(_call_native, component), multiple_results=False)
-    shared = mlir.lower_fun(lambda *operands, spec: partitioned(*operands, spec), multiple_results=False)
+    whole = _compat.lower_plain(functools.partial(_call_native, component))
+    shared = _compat.lower_plain(lambda *operands, spec: partitioned(*operands, spec))
 
     def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
         return (whole if _compat.is_single_device(ctx) else shared)(ctx, *operands, spec=spec)
 
-    mlir.register_lowering(primitive, mlir.lower_fun(component.reference, multiple_results=False))
+    mlir.register_lowering(primitive, _compat.lower_plain(component.reference))
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = functools.partial(_batch, component, primitive)
     _compat.needs_devices(primitive)
@@ -322,7 +336,7 @@ def sparse_conv_bwd_input(g: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> ja
 
 
 def sparse_conv_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> jax.Array:
-    """Gradient ``RSCK`` for the kernel from lhs ``NHWC`` and g ``NPQK``. Zeros of the cheaper of the two are skipped."""
+    """Gradient ``RSCK`` for the kernel from lhs ``NHWC`` and g ``NPQK``. The cheaper one's zeros are skipped."""
     return _bwd_weights_p.bind(*_compat.auto_match(lhs, g), spec=spec)
 
 

@@ -141,8 +141,9 @@ def test_the_layer_s_mode_is_the_path_that_runs(mode: str, isa: str) -> None:
     nnx_layer = st.nnx.SparseConv(4, 6, (3, 3), mode=mode, rngs=nnx.Rngs(0))
     for relu_input in (False, True):
         nnx_layer.relu_input = relu_input
+        masked = linen_layer.clone(relu_input=relu_input)
         calls: list[Callable[[jax.Array], jax.Array]] = [
-            lambda x, layer=linen_layer.clone(relu_input=relu_input): layer.apply(variables, x),
+            lambda x, layer=masked: layer.apply(variables, x),
             nnx_layer,
         ]
         for call in calls:
@@ -164,15 +165,15 @@ def test_relu_input_zeroes_the_input_s_gradient_at_zeros() -> None:
 
 def test_an_unknown_mode_is_an_error() -> None:
     x = inputs(1, 5, 5, 4)
-    with pytest.raises(ValueError, match="mode must be one of .*'fast'"):
+    with pytest.raises(ValueError, match=r"mode must be one of .*'fast'"):
         st.SparseConv(6, (3, 3), mode="fast").init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="mode must be one of .*'fast'"):
+    with pytest.raises(ValueError, match=r"mode must be one of .*'fast'"):
         st.nnx.SparseConv(4, 6, (3, 3), mode="fast", rngs=nnx.Rngs(0))(x)
 
 
 def test_sparse_mode_without_sparse_kernels_is_an_error() -> None:
     x = inputs(1, 5, 5, 4)
-    with pytest.raises(ValueError, match="mode='sparse'.*feature_group_count"):
+    with pytest.raises(ValueError, match=r"mode='sparse'.*feature_group_count"):
         st.SparseConv(6, (3, 3), mode="sparse", feature_group_count=2).init(jax.random.key(0), x)
 
 
