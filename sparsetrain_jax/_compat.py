@@ -5,11 +5,12 @@ Supported: jax and jaxlib from the minimum in ``pyproject.toml`` to the newest t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import api_util, core, dispatch, mesh
+from jax._src import api_util, config, core, dispatch, mesh
 from jax._src import linear_util as lu
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
@@ -28,6 +29,7 @@ __all__ = [
     "needs_devices",
     "standard_primitive",
     "trace",
+    "within",
 ]
 
 
@@ -65,7 +67,8 @@ def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     rule = mlir.lower_fun(function, multiple_results=False)
 
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
-        plain = [core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        avals: Sequence[Any] = ctx.avals_in
+        plain = [core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
         with mesh.use_abstract_mesh(mesh.empty_abstract_mesh):
             return rule(ctx.replace(avals_in=plain), *operands, **parameters)
 
@@ -85,3 +88,15 @@ def trace(function: Callable[..., Sequence[jax.Array]], avals: Sequence[Any]) ->
     info = api_util.debug_info("sparsetrain_jax", function, tuple(avals), {})
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(function, debug_info=info), list(avals))
     return ClosedJaxpr(jaxpr, consts)
+
+
+@contextlib.contextmanager
+def within(context: Any, avals: Sequence[Any]) -> Iterator[None]:
+    """Trace as in an equation's surroundings: its context, and ``shard_map``'s types if its operands have them."""
+
+    def varies(aval: Any) -> bool:
+        manual = getattr(aval, "manual_axis_type", None)
+        return bool(getattr(aval, "vma", None) if manual is None else manual.varying)
+
+    with context.manager, config._check_vma(config._check_vma.value or any(map(varies, avals))):
+        yield

@@ -199,14 +199,16 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
         return f"padding {call.padding} is not {spatial} pairs of non-negative integers"
     if spatial == 1:  # one row, seen by a kernel of one row
         size, window, strides, padding = (1, *size), (1, *window), (1, *strides), ((0, 0), *padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
-    return _Route(
-        ConvSpec(size, window, strides, pads, mode, precision),
-        lhs_axes,
-        rhs_axes,
-        out_axes,
-        dtype,  # type: ignore[arg-type]
+    (top, bottom), (left, right) = padding
+    spec = ConvSpec(
+        (size[0], size[1]),
+        (window[0], window[1]),
+        (strides[0], strides[1]),
+        ((int(top), int(bottom)), (int(left), int(right))),
+        mode,
+        precision,
     )
+    return _Route(spec, lhs_axes, rhs_axes, out_axes, dtype)
 
 
 def _plan(lhs: Any, rhs: Any, mode: str, **arguments: Any) -> _Call:
@@ -424,8 +426,8 @@ def conv_general_dilated(
     or as NaN. Differentiable in both modes and any nesting of them.
 
     The sparse kernels take 1 or 2 spatial dimensions without groups, dilation, negative padding and ``out_sharding``,
-    in float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to that
-    and back. :func:`explain` tells which path a call takes.
+    in float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to
+    that and back. :func:`explain` tells which path a call takes.
     """
     return ConvHook()(
         lhs,

@@ -18,7 +18,7 @@ except ImportError as error:
         f"({error}). Build it by installing the package: pip install ."
     ) from error
 
-__all__ = ["TARGETS", "available_isas", "counters", "isa", "plan", "reset_counters", "set_isa"]
+__all__ = ["TARGETS", "available_isas", "counters", "custom_calls", "isa", "plan", "reset_counters", "set_isa"]
 
 _registrations = _native.registrations()
 
@@ -27,6 +27,14 @@ TARGETS = frozenset(_registrations)
 
 for _name, _handler in _registrations.items():
     jax.ffi.register_ffi_target(_name, _handler, platform="cpu", api_version=1)
+
+
+def custom_calls() -> list[str]:
+    """Names of our custom calls, as ``jax.export`` wants them: a versioned interface, attributes included.
+
+    ``jax.export.export(f, disabled_checks=[DisabledSafetyCheck.custom_call(name) for name in st.custom_calls()])``
+    """
+    return sorted(TARGETS)
 
 
 def isa() -> str:

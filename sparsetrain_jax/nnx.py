@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from .conv import ConvHook
+from .telemetry import sparsity, tap_gradient
 
 __all__ = ["SparseConv", "sparsify"]
 
@@ -27,6 +30,9 @@ class SparseConv(nnx.Conv):
       relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`. With it the
         layer differentiates in reverse mode, and in forward mode only over that.
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
+      sow_sparsity: tell the zeros of this layer's input and of its output's gradient, for ``nnx.capture``: the first is
+        sown as ``input_sparsity`` into ``nnx.Intermediate``; the second is the gradient for the ``nnx.Perturbation``
+        called ``output_gradient_sparsity``.
       conv_general_dilated: used instead of ours if given.
       rngs: random number generators.
       **arguments: ``nnx.Conv``'s.
@@ -41,6 +47,7 @@ class SparseConv(nnx.Conv):
         *,
         relu_input: bool = False,
         mode: str = "auto",
+        sow_sparsity: bool = False,
         conv_general_dilated: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
         **arguments: Any,
@@ -54,6 +61,15 @@ class SparseConv(nnx.Conv):
             rngs=rngs,
             **arguments,
         )
+        self.sow_sparsity = sow_sparsity
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Convolve ``inputs``, ``(*batch, *spatial, in_features)``; see ``nnx.Conv``."""
+        if not self.sow_sparsity:
+            return super().__call__(inputs, out_sharding)
+        self.sow(nnx.Intermediate, "input_sparsity", sparsity(inputs))
+        outputs = super().__call__(inputs, out_sharding)
+        return tap_gradient(outputs, self.perturb("output_gradient_sparsity", jnp.zeros(())))
 
     @property
     def relu_input(self) -> bool:

@@ -38,6 +38,7 @@ from . import _compat, native
 from .shapes import MODES, ConvSpec
 
 __all__ = [
+    "dots_saveable",
     "sparse_conv_bwd_input",
     "sparse_conv_bwd_input_masked",
     "sparse_conv_bwd_weights",
@@ -343,6 +344,15 @@ def sparse_conv_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> 
 def sparse_conv_bwd_input_masked(g: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: ConvSpec) -> jax.Array:
     """Like :func:`sparse_conv_bwd_input`, but only where ``x`` ``NHWC`` is not zero; exactly 0 elsewhere."""
     return _bwd_input_masked_p.bind(*_compat.auto_match(g, rhs, x), spec=spec)
+
+
+def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
+    """``jax.checkpoint_policies.dots_saveable``, which does not know our convolutions, with them: a checkpoint policy.
+
+    Results of matrix products and of all convolutions are saved for the backward pass, others are computed again.
+    """
+    ours = prim in (_fwd_p, _bwd_input_p, _bwd_weights_p, _bwd_input_masked_p)
+    return ours or bool(jax.checkpoint_policies.dots_saveable(prim, *args, **params))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["plot_sparsity", "sparsity"]
+__all__ = ["plot_sparsity", "sparsity", "tap_gradient"]
 
 
 def sparsity(x: Any, axis: int | Sequence[int] | None = None) -> jax.Array:
@@ -23,6 +23,26 @@ def sparsity(x: Any, axis: int | Sequence[int] | None = None) -> jax.Array:
       The fractions, of the shape of ``x`` without ``axis``; NaN where there is nothing to count.
     """
     return jnp.mean(jnp.asarray(x) == 0, axis=axis, dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def tap_gradient(y: jax.Array, probe: jax.Array) -> jax.Array:
+    """``y``; the gradient for ``probe``, a scalar that nothing depends on, is the sparsity of the gradient for ``y``.
+
+    This is how a layer tells the zeros of a gradient that passes through it: differentiate for the probe too.
+    """
+    return y
+
+
+def _tap_fwd(y: jax.Array, probe: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, probe
+
+
+def _tap_bwd(probe: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return g, sparsity(g).astype(probe.dtype)
+
+
+tap_gradient.defvjp(_tap_fwd, _tap_bwd)
 
 
 def plot_sparsity(records: Mapping[str, Sequence[float]] | Sequence[Mapping[str, Any]], *, ax: Any = None) -> Any:

@@ -1,0 +1,266 @@
+"""Several devices: each computes its own shard, without gathering activations.
+
+The tests of this file run in one other process, which has four host devices; each is a check there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[..., None], *args: Any, name: str = "") -> None:
+    CHECKS[name or function.__name__] = lambda: function(*args)
+
+
+def collectives(compiled: Any) -> dict[str, int]:
+    text = compiled.as_text()
+    names = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
+    counts = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in names}
+    return {name: count for name, count in counts.items() if count}
+
+
+def data() -> tuple[Any, Any]:
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    shapes = ((8, 8, 6, 8), (3, 3, 8, 8))
+    lhs, rhs = (jnp.asarray(rng.choice([-1, 1], shape) * (rng.random(shape) > 0.5), jnp.float32) for shape in shapes)
+    return lhs, rhs
+
+
+def functions() -> dict[str, Callable[[Any, Any], Any]]:
+    import sparsetrain_jax as st
+
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return {
+        "general": lambda lhs, rhs: st.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=numbers),
+        "relu_input": lambda lhs, rhs: st.sparse_conv(lhs, rhs, relu_input=True),
+        "bfloat16": lambda lhs, rhs: st.sparse_conv(lhs.astype("bfloat16"), rhs.astype("bfloat16")),
+    }
+
+
+def everything(conv: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    import jax
+
+    def run(lhs: Any, rhs: Any) -> Any:
+        return conv(lhs, rhs), jax.grad(lambda lhs, rhs: (conv(lhs, rhs).astype("float32") ** 2).sum(), (0, 1))(
+            lhs, rhs
+        )
+
+    return jax.jit(run)
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    import jax
+    import numpy as np
+
+    jax.tree.map(lambda g, w: np.testing.assert_array_equal(np.asarray(g), np.asarray(w)), got, want)
+
+
+# mesh sizes, lhs spec, rhs spec, collectives of forward and both gradients
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...], int]] = {
+    "batch": ((4,), ("a",), (), 1),  # psum of drhs
+    "batch_over_two_axes": ((2, 2), (("a", "b"),), (), 1),
+    "output_features": ((4,), (), (None, None, None, "a"), 1),  # psum of dlhs
+    "batch_and_output_features": ((2, 2), ("a",), (None, None, None, "b"), 2),
+    "input_features": ((4,), (None, None, None, "a"), (None, None, "a"), 1),  # psum of out
+}
+
+
+def sharded_calls_compute_their_own_shard(layout: str, kind: str, function: str) -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    sizes, lhs_spec, rhs_spec, reductions = LAYOUTS[layout]
+    lhs, rhs = data()
+    run = everything(functions()[function])
+    want = run(lhs, rhs)
+    mesh = jax.make_mesh(sizes, ("a", "b")[: len(sizes)], axis_types=(getattr(AxisType, kind),) * len(sizes))
+    with jax.set_mesh(mesh):
+        lhs = jax.device_put(lhs, NamedSharding(mesh, P(*lhs_spec)))
+        rhs = jax.device_put(rhs, NamedSharding(mesh, P(*rhs_spec)))
+        if layout == "input_features" and kind == "Explicit":
+            with pytest.raises(Exception, match="must not be sharded"):
+                run(lhs, rhs)
+            return
+        compiled = run.lower(lhs, rhs).compile()
+        assert collectives(compiled) == {"all-reduce": reductions}, collectives(compiled)
+        got = run(lhs, rhs)
+        assert_equal(got, want)
+        assert got[1][1].sharding.is_equivalent_to(rhs.sharding, 4), got[1][1].sharding
+        assert got[1][0].sharding.is_equivalent_to(lhs.sharding, 4), got[1][0].sharding
+
+
+for layout_ in LAYOUTS:
+    for kind_ in ("Auto", "Explicit"):
+        for function_ in ("general", "relu_input", "bfloat16") if layout_ == "batch" else ("general", "relu_input"):
+            check(
+                sharded_calls_compute_their_own_shard,
+                layout_,
+                kind_,
+                function_,
+                name=f"sharded_calls_compute_their_own_shard[{layout_}-{kind_}-{function_}]",
+            )
+
+
+@check
+def the_weight_gradient_is_one_all_reduce_and_the_other_components_none() -> None:
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from sparsetrain_jax import primitives
+    from sparsetrain_jax.shapes import ConvSpec
+
+    spec = ConvSpec((8, 6), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    lhs, rhs = data()
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    lhs, rhs = jax.device_put(lhs, NamedSharding(mesh, P("a"))), jax.device_put(rhs, NamedSharding(mesh, P()))
+    for function, operands, want in (
+        (primitives.sparse_conv_fwd, (lhs, rhs), {}),
+        (primitives.sparse_conv_bwd_input, (lhs, rhs), {}),
+        (primitives.sparse_conv_bwd_input_masked, (lhs, rhs, lhs), {}),
+        (primitives.sparse_conv_bwd_weights, (lhs, lhs), {"all-reduce": 1}),
+    ):
+        run = jax.jit(lambda *operands, function=function: function(*operands, spec=spec))
+        assert collectives(run.lower(*operands).compile()) == want, function
+
+
+@check
+def eager_calls_of_sharded_arrays_equal_those_of_whole_ones() -> None:
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    for conv in functions().values():
+        assert_equal(conv(jax.device_put(lhs, NamedSharding(mesh, P("a"))), rhs), conv(lhs, rhs))
+
+
+@check
+def spatial_sharding_gathers_and_is_right() -> None:
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = everything(functions()["general"])
+    assert_equal(run(jax.device_put(lhs, NamedSharding(mesh, P(None, "a"))), rhs), run(lhs, rhs))
+
+
+@check
+def an_explicitly_sharded_spatial_dimension_is_an_error_that_says_what_to_do() -> None:
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(Exception, match="reshard"):
+        functions()["general"](jax.device_put(lhs, NamedSharding(mesh, P(None, "a"))), rhs)
+
+
+def shard_map_equals_the_whole(check_vma: bool, function: str, axes: str) -> None:
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    conv = functions()[function]
+    sizes = {"all": (4,), "some": (2, 2)}[axes]
+    mesh = jax.make_mesh(sizes, ("a", "b")[: len(sizes)], axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    mapped = jax.shard_map(
+        conv, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), check_vma=check_vma, axis_names={"a"}
+    )
+    assert_equal(everything(mapped)(lhs, rhs), everything(conv)(lhs, rhs))
+
+
+for check_vma_ in (True, False):
+    for function_ in ("general", "relu_input"):
+        for axes_ in ("all", "some"):
+            name_ = f"shard_map_equals_the_whole[check_vma={check_vma_}-{function_}-{axes_}]"
+            check(shard_map_equals_the_whole, check_vma_, function_, axes_, name=name_)
+
+
+@check
+def data_parallel_training_over_a_mesh_equals_one_device() -> None:
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.relu(st.SparseConv(8, (3, 3))(x))
+            x = nn.relu(st.SparseConv(16, (3, 3), 2, relu_input=True)(x))
+            return nn.Dense(5)(x.mean((1, 2)))
+
+    lhs, _ = data()
+    params = Model().init(jax.random.key(0), lhs)
+
+    @jax.jit
+    def step(params: Any, x: Any) -> Any:
+        value, grads = jax.value_and_grad(lambda p: (Model().apply(p, x) ** 2).sum())(params)
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), value
+
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(lhs, NamedSharding(mesh, P("a")))
+    everywhere = jax.device_put(params, NamedSharding(mesh, P()))
+    assert "all-gather" not in collectives(step.lower(everywhere, sharded).compile())
+    for _ in range(4):
+        params, want = step(params, lhs)
+        everywhere, got = step(everywhere, sharded)
+        np.testing.assert_allclose(jnp.asarray(got), want, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not run.returncode, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_four_devices(name: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[name] == "", outcomes[name]
+
+
+def main() -> None:
+    results = {}
+    for name, run in CHECKS.items():
+        try:
+            run()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
