@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax._src import api_util, config, core, dispatch, mesh
 from jax._src import linear_util as lu
 from jax._src.interpreters import partial_eval as pe
@@ -24,6 +25,7 @@ __all__ = [
     "DropVar",
     "ShardingTypeError",
     "auto_match",
+    "is_captured",
     "is_single_device",
     "lower_plain",
     "needs_devices",
@@ -56,6 +58,11 @@ def is_single_device(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether a lowering is for one device, so that nothing has to be partitioned."""
     context = ctx.module_context.axis_context
     return isinstance(context, mlir.ShardingContext) and context.num_devices == 1
+
+
+def is_captured(module: nnx.Module) -> bool:
+    """Whether ``nnx.capture`` is there to take what ``module`` sows; before Flax had it, sowing needed nothing."""
+    return hasattr(module, "__captures__") or not hasattr(nnx, "capture")
 
 
 def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from . import _compat
 from .conv import ConvHook
 from .telemetry import sparsity, tap_gradient
 
@@ -65,7 +66,7 @@ class SparseConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Convolve ``inputs``, ``(*batch, *spatial, in_features)``; see ``nnx.Conv``."""
-        if not self.sow_sparsity:
+        if not (self.sow_sparsity and _compat.is_captured(self)):
             return super().__call__(inputs, out_sharding)
         self.sow(nnx.Intermediate, "input_sparsity", sparsity(inputs))
         outputs = super().__call__(inputs, out_sharding)

@@ -1,0 +1,401 @@
+"""JAX around the convolutions: control flow, rematerialisation, export, compilation, debugging, telemetry."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import export, lax
+
+import sparsetrain_jax as st
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def operands() -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = ((2, 7, 8, 6), (3, 3, 6, 6))
+    lhs, rhs = (jnp.asarray(rng.choice([-1, 1], shape) * (rng.random(shape) > 0.5), jnp.float32) for shape in shapes)
+    return lhs, rhs
+
+
+def stock(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+def general(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return st.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+OURS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"general": general, "sparse_conv": st.sparse_conv}
+
+
+def equal(got: Any, want: Any) -> None:
+    jax.tree.map(lambda g, w: np.testing.assert_array_equal(np.asarray(g), np.asarray(w)), got, want)
+
+
+# Programs around a convolution. Small integers stay exact in all of them.
+
+Conv = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def in_scan(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def body(carry: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = jnp.sign(conv(carry, rhs)) * weight + carry
+        return carry, carry.sum()
+
+    return lax.scan(body, lhs, jnp.array([1.0, 2.0, -1.0]))[1] @ jnp.arange(3.0)
+
+
+def in_while(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    lhs = lax.stop_gradient(lhs)
+    return lax.while_loop(
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sign(conv(c[1], lax.stop_gradient(rhs)))), (0, lhs)
+    )[1].sum() + (rhs.sum())
+
+
+def in_fori(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return lax.fori_loop(0, 2, lambda i, c: conv(c, rhs), lhs).sum()
+
+
+def in_cond(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return lax.cond(lhs.sum() > 0, lambda: conv(lhs, rhs), lambda: conv(lhs, 2 * rhs)).sum()
+
+
+def in_switch_under_vmap(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    branches = [lambda x: conv(x, rhs), lambda x: conv(x, -rhs)]
+    return jax.vmap(lambda i: lax.switch(i, branches, lhs).sum())(jnp.arange(2)) @ jnp.array([1.0, 2.0])
+
+
+def in_checkpoint(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return (jax.checkpoint(lambda lhs, rhs: conv(conv(lhs, rhs), rhs))(lhs, rhs)).sum()
+
+
+def in_nested_jit(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return jax.jit(jax.jit(conv))(lhs, rhs).sum()
+
+
+def in_map(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return lax.map(lambda image: conv(image[None], rhs), lhs).sum()
+
+
+def in_custom_jvp(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    @jax.custom_jvp
+    def f(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return conv(lhs, rhs)
+
+    @f.defjvp
+    def f_jvp(primals: Any, tangents: Any) -> Any:
+        return conv(*primals), conv(tangents[0], primals[1]) + conv(primals[0], tangents[1])
+
+    return f(lhs, rhs).sum()
+
+
+def in_per_example_gradients(conv: Conv, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def gradient(image: jax.Array) -> jax.Array:
+        return jax.grad(lambda rhs: (conv(image[None], rhs) ** 2).sum())(rhs)
+
+    return (jax.vmap(gradient)(lhs) * jnp.arange(2.0)[:, None, None, None, None]).sum()
+
+
+PROGRAMS = {name: value for name, value in dict(globals()).items() if name.startswith("in_")}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("ours", OURS)
+def test_programs_and_their_gradients_equal_lax_with_and_without_jit(ours: str, name: str) -> None:
+    if ours == "sparse_conv" and name == "in_custom_jvp":
+        pytest.skip("differentiates the convolution of tangents, which sparse_conv as a custom_vjp does not offer")
+
+    def run(conv: Conv, jit: Callable[[Any], Any]) -> Any:
+        function = jit(lambda lhs, rhs: PROGRAMS[name](conv, lhs, rhs))
+        argnums = (1,) if name == "in_while" else (0, 1)
+        return function(*operands()), jit(jax.grad(function, argnums))(*operands())
+
+    want = run(stock, jax.jit)
+    equal(run(OURS[ours], jax.jit), want)
+    equal(run(OURS[ours], lambda f: f), want)
+
+
+def test_calls_with_jit_disabled_equal_lax() -> None:
+    with jax.disable_jit():
+        equal(jax.grad(lambda lhs, rhs: general(lhs, rhs).sum(), (0, 1))(*operands()),
+              jax.grad(lambda lhs, rhs: stock(lhs, rhs).sum(), (0, 1))(*operands()))  # fmt: skip
+
+
+# Rematerialisation
+
+
+def saved(function: Callable[..., Any], policy: Any) -> int:
+    """How many forward convolutions the gradient of the rematerialised function runs."""
+    remat = jax.checkpoint(lambda lhs, rhs: jnp.sin(function(lhs, rhs)).sum(), policy=policy)
+    return str(jax.make_jaxpr(jax.grad(remat, 1))(*operands())).count("sparse_conv_fwd")
+
+
+@pytest.mark.parametrize("ours", OURS)
+def test_dots_saveable_saves_our_convolutions_and_nothing_saveable_does_not(ours: str) -> None:
+    assert saved(OURS[ours], st.dots_saveable) == 1
+    assert saved(OURS[ours], jax.checkpoint_policies.nothing_saveable) == 2
+    assert saved(OURS[ours], jax.checkpoint_policies.everything_saveable) == 1
+
+
+@pytest.mark.parametrize("policy", [st.dots_saveable, None, "nothing_saveable", "dots_with_no_batch_dims_saveable"])
+def test_checkpoint_policies_do_not_change_gradients(policy: Any) -> None:
+    policy = getattr(jax.checkpoint_policies, policy) if isinstance(policy, str) else policy
+
+    def gradients(conv: Conv, wrap: Callable[[Any], Any]) -> Any:
+        return jax.jit(jax.grad(wrap(lambda lhs, rhs: (conv(jax.nn.relu(conv(lhs, rhs)), rhs)).sum()), (0, 1)))(
+            *operands()
+        )
+
+    equal(gradients(st.sparse_conv, lambda f: jax.checkpoint(f, policy=policy)), gradients(stock, lambda f: f))
+
+
+# Export and compilation
+
+
+def gradients(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.grad(lambda lhs, rhs: (st.sparse_conv(lhs, rhs, relu_input=True) ** 2).sum(), (0, 1))(lhs, rhs)
+
+
+def checks() -> list[Any]:
+    return [export.DisabledSafetyCheck.custom_call(name) for name in st.custom_calls()]
+
+
+LOAD = """
+import sys, numpy as np, jax
+from jax import export
+import sparsetrain_jax
+blob, data = open(sys.argv[1], "rb").read(), np.load(sys.argv[2])
+for got, want in zip(export.deserialize(bytearray(blob)).call(data["lhs"], data["rhs"]), (data["dlhs"], data["drhs"])):
+    np.testing.assert_array_equal(got, want)
+print("equal")
+"""
+
+
+def test_an_exported_function_runs_in_another_process(tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers")
+    lhs, rhs = operands()
+    blob = export.export(jax.jit(gradients), disabled_checks=checks())(lhs, rhs).serialize()
+    (tmp_path / "blob").write_bytes(blob)
+    dlhs, drhs = gradients(lhs, rhs)
+    np.savez(tmp_path / "data.npz", lhs=lhs, rhs=rhs, dlhs=dlhs, drhs=drhs)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "blob"), str(tmp_path / "data.npz")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+def test_export_refuses_our_calls_unless_they_are_named() -> None:
+    with pytest.raises(ValueError, match="sparsetrain_conv_fwd_v1"):
+        export.export(jax.jit(st.sparse_conv))(*operands())
+
+
+def test_export_takes_a_symbolic_batch_and_other_platforms() -> None:
+    lhs, rhs = operands()
+    (batch,) = export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((batch, *lhs.shape[1:]), lhs.dtype)
+    for arguments, options in (((shape, rhs), {}), ((lhs, rhs), {"platforms": ["cpu", "cuda", "tpu"]})):
+        exported = export.export(jax.jit(gradients), disabled_checks=checks(), **options)(*arguments)
+        equal(exported.call(lhs, rhs), gradients(lhs, rhs))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_on_other_platforms_the_primitives_lower_to_lax(platform: str) -> None:
+    text = jax.jit(gradients).trace(*operands()).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") >= 2 and "sparsetrain" not in text
+
+
+def test_on_the_cpu_the_primitives_lower_to_the_custom_calls() -> None:
+    text = jax.jit(gradients).lower(*operands()).as_text()
+    assert "stablehlo.convolution" not in text
+    assert {name for name in st.custom_calls() if name in text} >= {"sparsetrain_conv_bwd_weights_v1"}
+
+
+def test_compiled_instructions_carry_the_primitives_names() -> None:
+    def both(lhs: jax.Array, rhs: jax.Array) -> Any:
+        return jax.value_and_grad(lambda lhs, rhs: (st.sparse_conv(lhs, rhs) ** 2).sum(), (0, 1))(lhs, rhs)
+
+    text = jax.jit(both).lower(*operands()).compile().as_text()
+    for name in ("sparse_conv_fwd", "sparse_conv_bwd_input", "sparse_conv_bwd_weights"):
+        assert f"%{name}" in text
+
+
+def test_ahead_of_time_compilation_eval_shape_and_donation() -> None:
+    lhs, rhs = operands()
+    equal(jax.jit(gradients).lower(lhs, rhs).compile()(lhs, rhs), gradients(lhs, rhs))
+    shapes = jax.eval_shape(gradients, lhs, rhs)
+    assert [(s.shape, s.dtype) for s in shapes] == [(x.shape, x.dtype) for x in (lhs, rhs)]
+    donated = lhs + 0
+    equal(jax.jit(st.sparse_conv, donate_argnums=0)(donated, rhs), stock(lhs, rhs))
+    assert donated.is_deleted()
+
+
+CACHED = """
+import jax, jax.numpy as jnp, sparsetrain_jax as st, sys
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+lhs, rhs = jnp.ones((1, 5, 5, 16)), jnp.ones((3, 3, 16, 16))
+grads = jax.jit(jax.grad(lambda l, r: (st.sparse_conv(l, r) ** 2).sum(), (0, 1)))(lhs, rhs)
+print(float(grads[1].sum()), "/jax/compilation_cache/cache_hits" in hits)
+"""
+
+
+def test_the_persistent_compilation_cache_serves_another_process(tmp_path: Path) -> None:
+    results = []
+    for _ in range(2):
+        command = [sys.executable, "-c", CACHED, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
+        assert not run.returncode, run.stderr
+        results.append(run.stdout.split())
+    assert results[0][0] == results[1][0]
+    assert results[1][1] == "True"
+
+
+def test_jaxprs_are_readable() -> None:
+    def strided(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return st.conv_general_dilated(lhs, rhs, (2, 1), "SAME", dimension_numbers=NHWC)
+
+    text = str(jax.make_jaxpr(strided)(*operands()))
+    assert "sparse_conv_fwd" in text and "3x3 on 7x8 strides 2x1 padding" in text
+    assert len(text) < 300
+
+
+def test_equal_calls_are_compiled_once() -> None:
+    with jax.log_compiles(False):
+        count = 0
+
+        def listener(event: str, *_: Any, **__: Any) -> None:
+            nonlocal count
+            count += "backend_compile" in event
+
+        lhs, rhs = operands()
+        st.sparse_conv(lhs, rhs)
+        jax.monitoring.register_event_duration_secs_listener(listener)
+        for _ in range(3):
+            st.sparse_conv(lhs, rhs)
+            st.sparse_conv(lhs, rhs, strides=(1, 1), padding="same")
+        assert count == 0
+
+
+# Debugging
+
+
+def test_debug_nans_finds_a_nan_and_leaves_numbers_alone() -> None:
+    lhs, rhs = operands()
+    with jax.debug_nans(True):
+        equal(st.sparse_conv(lhs, rhs), stock(lhs, rhs))
+        with pytest.raises(FloatingPointError):
+            st.sparse_conv(lhs.at[0, 3, 3, 0].set(jnp.nan), rhs)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_results_do_not_depend_on_x64(x64: bool) -> None:
+    lhs, rhs = operands()
+    with jax.enable_x64(x64):
+        lhs, rhs = jnp.asarray(np.asarray(lhs)), jnp.asarray(np.asarray(rhs))
+        got = jax.jit(gradients)(lhs, rhs)
+        assert {x.dtype.name for x in got} == {"float32"}
+        want = jax.grad(lambda lhs, rhs: (stock(lhs, rhs) ** 2).sum(), (0, 1))(lhs, rhs)
+        equal(got, (jnp.where(lhs == 0, 0, want[0]), want[1]))
+
+
+def test_many_threads_may_trace_and_run_at_once() -> None:
+    lhs, rhs = operands()
+    want = stock(lhs, rhs)
+
+    def work(i: int) -> jax.Array:
+        return jax.jit(lambda lhs, rhs: st.sparse_conv(lhs, rhs) * i)(lhs, rhs)
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, got in enumerate(pool.map(work, range(16))):
+            equal(got, want * i)
+
+
+def test_tracers_are_not_kept_alive() -> None:
+    with jax.checking_leaks():
+        equal(jax.jit(st.sparse_conv)(*operands()), stock(*operands()))
+    gc.collect()
+
+
+# Telemetry
+
+
+class Net(nn.Module):
+    sow: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(st.SparseConv(8, (3, 3), sow_sparsity=self.sow, name="first")(x))
+        x = st.SparseConv(4, (3, 3), sow_sparsity=self.sow, relu_input=True, name="second")(x)
+        return nn.relu(x)
+
+
+def test_linen_layers_tell_the_sparsity_of_inputs_and_output_gradients() -> None:
+    lhs, _ = operands()
+    variables = Net().init(jax.random.key(0), lhs)
+    assert set(variables) == {"params", "perturbations"}
+
+    def loss(params: Any, perturbations: Any) -> Any:
+        out, sown = Net().apply({"params": params, "perturbations": perturbations}, lhs, mutable=["intermediates"])
+        return out.sum(), sown["intermediates"]
+
+    (_, inputs), (grads, outputs) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        variables["params"], variables["perturbations"]
+    )
+    _, state = Net(sow=False).apply(variables, lhs, capture_intermediates=True, mutable=["intermediates"])
+    activations = state["intermediates"]
+    hidden = nn.relu(activations["first"]["__call__"][0])
+    np.testing.assert_allclose(inputs["first"]["input_sparsity"][0], np.mean(np.asarray(lhs) == 0), rtol=1e-6)
+    np.testing.assert_allclose(inputs["second"]["input_sparsity"][0], np.mean(np.asarray(hidden) == 0), rtol=1e-6)
+    second = np.mean(np.asarray(activations["second"]["__call__"][0]) <= 0)  # where the ReLU after it is off
+    np.testing.assert_allclose(outputs["second"]["output_gradient_sparsity"], second, rtol=1e-6)
+    assert outputs["first"]["output_gradient_sparsity"] >= np.mean(np.asarray(hidden) == 0) - 1e-6
+    silent = jax.grad(lambda params: Net(sow=False).apply({"params": params}, lhs).sum())(variables["params"])
+    equal(grads, silent)
+
+
+def test_telemetry_costs_nothing_when_it_is_off() -> None:
+    lhs, _ = operands()
+    variables = Net(sow=False).init(jax.random.key(0), lhs)
+    assert set(variables) == {"params"}
+
+    def jaxpr(sow: bool) -> str:
+        return str(
+            jax.make_jaxpr(jax.grad(lambda params: Net(sow).apply({"params": params}, lhs).sum()))(variables["params"])
+        )
+
+    assert jaxpr(True) == jaxpr(False)  # on, but no collection asked for
+    assert "eq " not in jaxpr(False)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="flax too old")
+def test_nnx_layers_tell_the_sparsity_of_inputs_and_output_gradients() -> None:
+    lhs, _ = operands()
+    layer = st.nnx.SparseConv(6, 4, (3, 3), sow_sparsity=True, rngs=nnx.Rngs(0))
+    want = nnx.relu(layer(lhs))
+    _, perturbations = nnx.capture(layer, nnx.Perturbation)(lhs)
+
+    def loss(layer: nnx.Module, perturbations: Any) -> Any:
+        out, sown = nnx.capture(layer, nnx.Intermediate, init=perturbations)(lhs)
+        return nnx.relu(out).sum(), sown
+
+    (_, outputs), sown = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, perturbations)
+    (inputs,) = jax.tree.leaves(nnx.to_pure_dict(sown))
+    np.testing.assert_allclose(inputs, np.mean(np.asarray(lhs) == 0), rtol=1e-6)
+    (gradient,) = jax.tree.leaves(nnx.to_pure_dict(outputs))
+    np.testing.assert_allclose(gradient, np.mean(np.asarray(want) == 0), rtol=1e-6)
