@@ -177,9 +177,16 @@ class Run:
 
 def train(arguments: argparse.Namespace, data: Batch, console: Console) -> Run:
     steps = len(data[0]) // arguments.batch * arguments.epochs
-    # A long warm-up and a large epsilon: otherwise the early steps of a deep ReLU network amplify a difference in the
+    # A slow start and a large epsilon: otherwise the early steps of a deep ReLU network amplify a difference in the
     # last bit of one sum a millionfold, whatever computed it, and two runs could not be told to agree.
-    schedule = optax.warmup_cosine_decay_schedule(0.0, arguments.learning_rate, max(1, 5 * steps // 8), steps)
+    warmup = min(COMPARED_STEPS, steps // 2)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, arguments.learning_rate / 10, warmup),
+            optax.cosine_onecycle_schedule(steps - warmup, arguments.learning_rate, div_factor=10),
+        ],
+        [warmup],
+    )
     optimizer = optax.adam(schedule, b2=0.99, eps=1e-4)
     example = (data[0][: arguments.batch], data[1][: arguments.batch])
     with console.status("compiling"):
@@ -294,7 +301,7 @@ def main() -> int:
     )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="train_digits.png", metavar="FILE")
     arguments = parser.parse_args()
