@@ -30,10 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from . import _compat
+
 __all__ = [
     "NOTHING",
+    "RELU",
     "RULES",
     "Facts",
+    "Origin",
     "Rule",
     "eqn_facts",
     "is_relu",
@@ -42,6 +46,7 @@ __all__ = [
     "of_constant",
     "of_type",
     "rule_of",
+    "table",
     "widen",
 ]
 
@@ -64,18 +69,35 @@ class Facts:
       nonnegative: it has no negative element.
       magnitude: None if the value may have a gradient. Otherwise (low, high), between which every element's absolute
         value lies that is not zero.
-      why: the equation that made the value (or what else it is) and the facts of its operands, for explanations.
+      why: where the value comes from, if that is to be explained.
     """
 
     qualifies: bool = False
     nonnegative: bool = False
     magnitude: tuple[float, float] | None = None
-    why: tuple[Any, tuple[Facts, ...]] | None = field(default=None, compare=False, repr=False)
+    why: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
     def fixed(self) -> bool:
         """Whether the value is known to have no gradient."""
         return self.magnitude is not None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value comes from, for explanations.
+
+    Attributes:
+      name: of the primitive, of the function for a ``custom_jvp_call``, or what else the value is.
+      source: the line that computes it; empty if no operation does.
+      operands: facts of the operands.
+      rule: the primitive's, if it has one.
+    """
+
+    name: str
+    source: str = ""
+    operands: tuple[Facts, ...] = ()
+    rule: Rule | None = None
 
 
 #: Nothing is known.
@@ -238,6 +260,9 @@ def _custom_jvp(eqn: Any, facts: Sequence[Facts]) -> list[Facts]:
     if is_relu(eqn):
         return [Facts(True, True)]
     return [fixed_facts(v.aval) if all(f.fixed for f in facts) else NOTHING for v in eqn.outvars]
+
+
+RELU = _BY_NAME["custom_jvp_call"]
 
 
 @_rule(
@@ -483,7 +508,7 @@ def is_relu(eqn: Any) -> bool:
     if not _positive_where_x_is(_terms(body.jaxpr, body.consts, [_X])[0]):
         return False
     try:
-        with eqn.ctx.manager:
+        with _compat.within(eqn.ctx, [aval]):
             rule, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(False)
     except Exception:  # the user's rule; if it is needed, JAX reports what is wrong with it
         return False
@@ -543,11 +568,31 @@ def _terms(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
             env.update(zip(eqn.outvars, _terms(inner.jaxpr, inner.consts, operands), strict=True))
         elif name in _IDENTITIES:
             env[out] = _same_or_constant(eqn.invars[0].aval, out.aval, operands[0])
+        elif name == "transpose":
+            env[out] = _transposed(tuple(map(int, eqn.params["permutation"])), operands[0])
         elif name in ("max", "min", "gt", "lt", "and", "select_n"):
-            env[out] = (name, *operands)
+            env[out] = _elementwise(name, operands)
         else:
             env.update((v, (object(),)) for v in eqn.outvars)
     return [read(v) for v in jaxpr.outvars]
+
+
+def _transposed(axes: tuple[int, ...], term: Any) -> Any:
+    if term[0] == "constant":
+        return term
+    if term[0] == "transpose":
+        axes, term = tuple(term[1][a] for a in axes), term[2]
+    return term if axes == tuple(range(len(axes))) else ("transpose", axes, term)
+
+
+def _elementwise(name: str, operands: Sequence[Any]) -> Any:
+    """The transposition of an operation rather than an operation on transposed operands: ``vmap`` makes those."""
+    arrays = [o for o in operands if o[0] != "constant"]
+    axes = {o[1] if o[0] == "transpose" else None for o in arrays}
+    if len(axes) == 1 and None not in axes:
+        inner = [o if o[0] == "constant" else o[2] for o in operands]
+        return _transposed(arrays[0][1], (name, *inner))
+    return (name, *operands)
 
 
 #: Primitives that return their operand, but for its shape and type.
@@ -568,3 +613,8 @@ def _constant(value: Any) -> Any:
     dtype = np.asarray(value).dtype
     known = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     return ("constant", float(np.asarray(value).reshape(()))) if known else (object(),)
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """The rules as rows of the documentation's table: operation, primitives, qualifies, non-negative."""
+    return [(r.title, ", ".join(f"`{name}`" for name in r.primitives), r.qualifies, r.nonnegative) for r in RULES]

@@ -21,7 +21,7 @@ from jax.extend import core, linear_util, source_info_util
 
 from . import _compat, facts, primitives
 from .conv import Component, _Call, _plan, explain_call, run_call
-from .facts import NOTHING, Facts
+from .facts import Facts, Origin
 
 __all__ = ["ConvReport", "SparsifyReport", "sparsify"]
 
@@ -139,22 +139,23 @@ def _proof(known: Facts) -> str:
     """The proof of ``relu_input``, or where it failed, from the operations that led to a value."""
     steps: list[str] = []
     while known.qualifies and known.why is not None:
-        what, operands = known.why
+        why = known.why
         if known.fixed:
             return "the input has no gradient"
-        if what.primitive.name == "custom_jvp_call":
-            return " > ".join([f"{what.params.get('name', 'relu')} at {_source(what)}", *reversed(steps)])
-        steps.append(what.primitive.name)
-        known = next(o for o in operands if not o.fixed)
+        if why.rule is facts.RELU:
+            return " > ".join([f"{why.name} at {why.source}", *reversed(steps)])
+        steps.append(why.name)
+        known = next(o for o in why.operands if not o.fixed)
     while known.why is not None:
-        what, operands = known.why
-        if isinstance(what, str):
-            return f"comes from {what}"
-        rule, gradients = facts.rule_of(what.primitive), [o for o in operands if not o.fixed]
-        at_tie = what.primitive.name in ("max", "min") and len(gradients) == 1
+        why, gradients = known.why, [o for o in known.why.operands if not o.fixed]
+        if not why.source:
+            return f"comes from {why.name}"
+        # Operations that fail by themselves, rather than because of what they are given.
+        fails = (why.name, len(gradients)) in (("max", 1), ("min", 1), ("mul", 2), ("div", 2))
         culprit = next((o for o in gradients if not o.qualifies), None)
-        if rule is None or culprit is None or at_tie or any(o.qualifies for o in gradients):
-            return f"stopped at {what.primitive.name}, {_source(what)}" + (f": {rule.hint}" if rule else "")
+        if why.rule is None or culprit is None or fails or any(o.qualifies for o in gradients):
+            hint = (why.rule.hint or why.rule.qualifies) if why.rule else "no rule for it"
+            return f"stopped at {why.name}, {why.source}: {hint}"
         known = culprit
     return "nothing is known of the input"
 
@@ -350,7 +351,7 @@ def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
 
 @functools.lru_cache(maxsize=1024)
 def _jaxpr_of(kernel: _Kernel, avals: tuple[Any, ...], context: Any) -> Any:
-    with context.manager:
+    with _compat.within(context, avals):
         return _compat.trace(lambda *operands: [kernel(*operands)], avals)
 
 
@@ -448,10 +449,27 @@ class _Walk:
         self.explain = explain
         self.grad_inside = grad_inside
         self._memo: Any = weakref.WeakKeyDictionary() if explain else _MEMO
+        # Source line and scope of the equation whose jaxpr is walked through: what is in it may lack a line.
+        self._place = ("?", source_info_util.new_name_stack())
 
     def outside(self, known: Facts, what: str) -> Facts:
         """Facts of a value that no equation makes."""
-        return replace(known, why=(what, ())) if self.explain else known
+        return replace(known, why=Origin(what)) if self.explain else known
+
+    def made_by(self, eqn: Any, operands: Sequence[Facts], results: Sequence[Facts]) -> Sequence[Facts]:
+        """Facts of an equation's results, with where they come from if that is to be explained."""
+        if not self.explain:
+            return results
+        body = eqn.params.get("call_jaxpr")
+        name = eqn.primitive.name if body is None else body.jaxpr.debug_info.func_name.split(" ")[0]
+        origin = Origin(name, self._source(eqn), tuple(operands), facts.rule_of(eqn.primitive))
+        return [replace(f, why=origin) for f in results]
+
+    def _source(self, eqn: Any) -> str:
+        return _source(eqn) or self._place[0]
+
+    def _scope(self, eqn: Any) -> str:
+        return str(self._place[1] + eqn.source_info.name_stack)
 
     def enter(self, jaxpr: Any, known: Sequence[Facts], reverse: bool = True) -> _Walked:
         """Walk through a jaxpr, closed or not.
@@ -461,7 +479,7 @@ class _Walk:
           known: facts of its inputs.
           reverse: whether convolutions in it may give up forward mode.
         """
-        key = (tuple(known), reverse, self.grad_inside)
+        key = (tuple(known), reverse, self.grad_inside, self._place)
         memo = self._memo.setdefault(jaxpr, {})
         if key not in memo:
             memo[key] = self._walk(jaxpr, known, reverse)
@@ -471,46 +489,39 @@ class _Walk:
         is_closed = isinstance(jaxpr, core.ClosedJaxpr)
         inner, consts = (jaxpr.jaxpr, jaxpr.consts) if is_closed else (jaxpr, ())
         env: dict[Any, Facts] = dict(zip(inner.invars, known, strict=True))
+        place = self._place
+
+        def known_of(atom: Any) -> Facts:
+            return facts.literal_facts(atom.val, atom.aval) if isinstance(atom, core.Literal) else env[atom]
+
         for var, value in zip(inner.constvars, consts, strict=False):
             env[var] = self.outside(facts.of_constant(value, var.aval), "a value that fn closes over")
-        flips: dict[Any, Any] = {}
+        flips: dict[Any, Any] = {}  # variable -> the equation that flips a kernel into it
         eqns: list[Any] = []
         reports: list[ConvReport] = []
 
         for eqn in inner.eqns:
-            operands = [
-                facts.literal_facts(a.val, a.aval) if isinstance(a, core.Literal) else env.get(a, NOTHING)
-                for a in eqn.invars
-            ]
-            name = eqn.primitive.name
+            operands = [known_of(atom) for atom in eqn.invars]
+            enter = _ENTERED.get(eqn.primitive.name)
             if eqn.primitive is lax.conv_general_dilated_p:
                 new, report = self._convolution(eqn, operands, reverse, flips)
-                results = [facts.of_type(eqn.outvars[0].aval)]
-                eqns += new
-                reports += report
-            elif name in _CALLS:
-                eqn, results, report = self._call(eqn, operands, reverse)
-                eqns.append(eqn)
-                reports += report
-            elif (rule := _CONTROL_FLOW.get(name)) is not None:
-                eqn, results, report = rule(self, eqn, operands, reverse)
-                eqns.append(eqn)
-                reports += report
-            else:
-                if name == "rev":
-                    flips[eqn.outvars[0]] = eqn
-                results = facts.eqn_facts(eqn, operands)
-                eqns.append(eqn)
+                results = self.made_by(eqn, operands, [facts.of_type(eqn.outvars[0].aval)])
+            elif enter is not None:
                 if self.explain:
-                    reports += self._not_entered(eqn)
-            if self.explain and name not in _CALLS and name not in _CONTROL_FLOW:
-                results = [replace(f, why=(eqn, tuple(operands))) for f in results]
+                    self._place = (self._source(eqn), place[1] + eqn.source_info.name_stack)
+                eqn, results, report = enter(self, eqn, operands, reverse)
+                new = [eqn]
+                self._place = place
+            else:
+                if eqn.primitive is lax.rev_p:
+                    flips[eqn.outvars[0]] = eqn
+                results = self.made_by(eqn, operands, facts.eqn_facts(eqn, operands))
+                new, report = [eqn], tuple(self._not_entered(eqn)) if self.explain else ()
+            eqns += new
+            reports += report
             env.update(zip(eqn.outvars, results, strict=True))
 
-        out = tuple(
-            facts.literal_facts(v.val, v.aval) if isinstance(v, core.Literal) else env.get(v, NOTHING)
-            for v in inner.outvars
-        )
+        out = tuple(map(known_of, inner.outvars))
         if len(eqns) == len(inner.eqns) and all(map(_is, eqns, inner.eqns)):
             return _Walked(None, out, tuple(reports))
         rewritten = inner.replace(eqns=eqns)
@@ -559,8 +570,8 @@ class _Walk:
         if kernel.relu_input and replaced:
             paths["bwd_input"] = Component("sparse", "only where the input is not zero", {})
         return ConvReport(
-            _source(eqn),
-            str(eqn.source_info.name_stack),
+            self._source(eqn),
+            self._scope(eqn),
             " * ".join(v.aval.str_short(short_dtypes=True) for v in eqn.invars),
             paths,
             kernel.relu_input and replaced,
@@ -575,8 +586,8 @@ class _Walk:
                 if inner.primitive is lax.conv_general_dilated_p:
                     component = Component("lax", reason, {})
                     yield ConvReport(
-                        _source(inner),
-                        str(inner.source_info.name_stack),
+                        self._source(inner),
+                        self._scope(inner),
                         " * ".join(v.aval.str_short(short_dtypes=True) for v in inner.invars),
                         dict.fromkeys(("fwd", "bwd_input", "bwd_weights"), component),
                         False,
@@ -633,9 +644,7 @@ class _Walk:
         """A function with a derivative of its own, which is kept. Convolutions in either have no gradient to mask."""
         body = eqn.params["call_jaxpr"]
         walked = self.enter(body, [facts.of_type(v) for v in body.in_avals], False)
-        results = facts.eqn_facts(eqn, operands)
-        if self.explain:
-            results = [replace(f, why=(eqn, tuple(operands))) for f in results]
+        results = self.made_by(eqn, operands, facts.eqn_facts(eqn, operands))
         rule = eqn.params["jvp_jaxpr_fun"]
         changes = {"call_jaxpr": walked.jaxpr, "jvp_jaxpr_fun": _sparse_thunk(rule)}
         return _with(eqn, [walked], **changes), results, walked.reports
@@ -651,16 +660,18 @@ class _Walk:
         }
         return _with(eqn, [walked], **changes), self._opaque(eqn, operands), walked.reports
 
-    def _opaque(self, eqn: Any, operands: Sequence[Facts]) -> list[Facts]:
+    def _opaque(self, eqn: Any, operands: Sequence[Facts]) -> Sequence[Facts]:
         """Facts of the results of an equation of which only the types are known, and whether gradients go in."""
         fixed = all(f.fixed for f in operands)
         results = [facts.fixed_facts(v.aval) if fixed else facts.of_type(v.aval) for v in eqn.outvars]
-        return [replace(f, why=(eqn, tuple(operands))) for f in results] if self.explain else results
+        return self.made_by(eqn, operands, results)
 
 
 _Entered = tuple[Any, Sequence[Facts], tuple[ConvReport, ...]]
 
-_CONTROL_FLOW: dict[str, Callable[[_Walk, Any, Sequence[Facts], bool], _Entered]] = {
+#: Primitives whose jaxprs are walked through, and how.
+_ENTERED: dict[str, Callable[[_Walk, Any, Sequence[Facts], bool], _Entered]] = {
+    **dict.fromkeys(_CALLS, _Walk._call),
     "cond": _Walk._cond,
     "scan": _Walk._scan,
     "while": _Walk._while,
