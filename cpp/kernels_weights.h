@@ -253,17 +253,17 @@ struct Tile {
   }
 
   static void group(const WeightsGroupArgs& args) {
-    float* group = args.values;
-    for (int first = 0; first < args.channels; first += kChannels, group += args.group_pitch) {
-      float* to = group;
-      for (int64_t i = 0; i < args.count; ++i, to += kChannels) {
-        const float* from = args.pixels[i] + first;
+    for (int64_t i = 0; i < args.count; ++i) {
+      const float* from = args.pixels[i];
+      float* to = args.values + i * kChannels;
+      for (int first = 0; first < args.channels; first += kChannels, to += args.group_pitch) {
         // Whole vectors may run into the next pixel, which is written after this one.
         for (int c = 0; c < kChannels; c += Isa::kLanes) {
           const int left = args.channels - first - c;
-          Isa::store(to + c, left >= Isa::kLanes ? Isa::load(from + c)
-                             : left > 0          ? Isa::load_n(from + c, left)
-                                                 : Isa::zero());
+          const typename Isa::Vec v = left >= Isa::kLanes ? Isa::load(from + first + c)
+                                      : left > 0          ? Isa::load_n(from + first + c, left)
+                                                          : Isa::zero();
+          Isa::store(to + c, v);
         }
       }
     }

@@ -9,13 +9,17 @@
 namespace sparsetrain {
 namespace {
 
-// Costs of moving data, in multiply-adds of a vector per vector moved.
-constexpr double kPackCost = 6;   // transposing the checked operand, finding its zeros
-constexpr double kGroupCost = 1;  // copying it for tiles
-constexpr double kCopyCost = 3;   // copying the dense operand
-constexpr double kEndCost = 12;   // a walk's mispredicted end of a mask word, partly hidden
-constexpr double kTilePenalty = 1.12;
-constexpr double kPairDensity = 0.12;  // below: too few positions are non-zero in both channels
+// Costs in multiply-adds of a vector, measured relative to a tile's.
+constexpr double kPackCost = 8;    // transposing a vector of the checked operand, finding its zeros
+constexpr double kGroupCost = 4;   // copying a pixel's channels of one tile
+constexpr double kCopyCost = 5;    // copying a vector of the dense operand
+constexpr double kEndCost = 12;    // a mask word's mispredicted end, partly hidden
+constexpr double kVisitCost = 1;   // a visit of a walk: the mask and the broadcast
+constexpr double kWalkCost = 1.2;  // a multiply-add of a walk: mask, broadcast and load come with it
+constexpr double kTileCost = 1.12;
+constexpr double kPairDensity = 0.25;    // below: too few positions are non-zero in both channels
+constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
+constexpr double kSerialCost = 150'000;  // below: a helper thread takes longer to start than the call
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -141,25 +145,27 @@ void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelC
   cls.blocks[2] = ceil_div(cls.columns.count, cls.block_columns);
 }
 
-// Multiply-adds of a vector, and the cost of moving data, of one way to run the call.
-double estimate(const WeightsPlan& plan, double density) {
-  const double vectors = static_cast<double>(ceil_div(plan.features, plan.lanes));
+int tile_channels(int vectors, int registers) { return (registers == 32 ? 24 : 12) / vectors; }
+
+// What one way to run the call would cost.
+double estimate(const WeightsPlan& plan, double density, int registers) {
   double cost = 0;
   for (const PixelClass& cls : plan.classes) {
     const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
-    double taps = 0, walks = 0;
     for (const TapGroup& group : cls.groups) {
-      taps += group.rows.taps * group.columns.taps;
-      walks += vectors / group.vectors;
+      const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
+      const double tap_vectors = static_cast<double>(taps * vectors);
+      if (plan.sparse) {
+        cost +=
+            pixels * plan.channels *
+            (density * kWalkCost * tap_vectors + kEndCost / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
+      } else {
+        const int64_t tile = tile_channels(group.vectors, registers), tiles = ceil_div(plan.channels, tile);
+        cost += pixels * tiles * (tile * kTileCost * tap_vectors + kGroupCost);
+      }
+      cost += pixels * vectors * kCopyCost;
     }
-    const double products = pixels * plan.channels * taps * vectors;
-    if (plan.sparse) {
-      cost += products * density * 1.15 + pixels * plan.channels / 64 * walks * kEndCost;
-      cost += pixels * plan.channels / plan.lanes * kPackCost;
-    } else {
-      cost += products * kTilePenalty + pixels * plan.channels / plan.lanes * kGroupCost;
-    }
-    cost += pixels * vectors * static_cast<double>(cls.groups.size()) * kCopyCost;
+    if (plan.sparse) cost += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * kPackCost;
   }
   return cost;
 }
@@ -224,7 +230,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
     return ceil_div(plan.channels, plan.channel_block) * ceil_div(plan.features, plan.feature_block);
   };
   // Few items: cut the longer side, down to sizes where repeated work would show.
-  const int64_t wanted = machine.threads > 1 ? 2 * machine.threads : 1;
+  const int64_t wanted = machine.threads > 1 && !plan.serial ? 2 * machine.threads : 1;
   while (items() < wanted) {
     const bool can_channels = plan.channel_block >= 4 * unit || (plan.channel_block >= 2 * unit && items() == 1);
     const bool can_features = plan.feature_block >= 2 * std::max<int64_t>(width, 64);
@@ -256,15 +262,23 @@ int step_vectors(int64_t left, int vectors, int lanes) {
 
 WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& densities, const WeightsMachine& machine) {
   ConvShape shape = given;
+  Fold fold;
   if (shape.r == 1 && shape.s == 1 && shape.stride_h == 1 && shape.stride_w == 1 && shape.oh == shape.h &&
       shape.ow == shape.w && shape.pad_top == 0 && shape.pad_left == 0) {
     shape.w = shape.ow = shape.n * shape.h * shape.w;
     shape.n = shape.h = shape.oh = 1;
+  } else if (shape.s > 1 && shape.c <= kFoldChannels && shape.c * shape.s <= 8 * kFoldChannels) {
+    fold = {shape.s, shape.stride_w, shape.pad_left, shape.w, shape.c};
+    shape.c *= shape.s;
+    shape.w = shape.ow;
+    shape.s = shape.stride_w = 1;
+    shape.pad_left = 0;
   }
   const auto cheaper = [&](bool sparse, double& cost) {
     const WeightsPlan lhs = plan_path(shape, true, sparse, densities.lhs, machine);
     const WeightsPlan g = plan_path(shape, false, sparse, densities.g, machine);
-    const double lhs_cost = estimate(lhs, densities.lhs), g_cost = estimate(g, densities.g);
+    const double lhs_cost = estimate(lhs, densities.lhs, machine.registers);
+    const double g_cost = estimate(g, densities.g, machine.registers);
     cost = std::min(lhs_cost, g_cost);
     return lhs_cost <= g_cost ? lhs : g;
   };
@@ -273,6 +287,8 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   WeightsPlan best = mode == Mode::kSparse || (mode == Mode::kAuto && sparse_cost < dense_cost) ? sparse : dense;
   best.sparse_cost = sparse_cost;
   best.dense_cost = dense_cost;
+  best.fold = fold;
+  best.serial = std::min(sparse_cost, dense_cost) < kSerialCost;
   cut_items(machine, best);
   return best;
 }
@@ -290,6 +306,7 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   };
   add("path", plan.sparse ? "sparse" : "dense");
   add("checked", plan.lhs_checked ? "lhs" : "g");
+  add("folded_columns", std::to_string(plan.fold.taps));
   add("pairs", plan.pairs ? "yes" : "no");
   add("channel_block", std::to_string(plan.channel_block));
   add("feature_block", std::to_string(plan.feature_block));

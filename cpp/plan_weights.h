@@ -61,11 +61,21 @@ struct Densities {
   double lhs = 1, g = 1;
 };
 
+// Few channels leave lanes idle. They are folded with the kernel's columns: pixel x of the folded lhs is the window of
+// `taps` pixels that out column x meets, taps * channels "channels" that lie side by side in NHWC, and drhs has them
+// side by side too. Nothing is copied but windows that reach into the padding.
+struct Fold {
+  int64_t taps = 0;                                        // 0: not folded
+  int64_t stride = 1, pad = 0, columns = 0, channels = 0;  // of the given shape
+};
+
 struct WeightsPlan {
-  ConvShape shape;  // 1x1 kernels at stride 1 without padding are one long row of pixels
+  ConvShape shape;  // as computed: 1x1 kernels at stride 1 without padding are one long row of pixels; or folded
+  Fold fold;
   bool lhs_checked;
   bool sparse;  // walks; else tiles
   bool pairs;   // channels are walked in pairs
+  bool serial;  // too small for threads
   int lanes;
   int64_t channels, features;  // of the checked and the dense operand
   std::vector<PixelClass> classes;

@@ -38,7 +38,7 @@ double density(const float* values, int64_t count) {
 struct Image {
   const float* values;
   int64_t rows, columns, channels;
-  const float* at(int64_t n, int64_t y, int64_t x) const { return values + ((n * rows + y) * columns + x) * channels; }
+  Fold fold;
 };
 
 // A block of pixels of a class: first image, row and column, and how many of each.
@@ -98,7 +98,46 @@ int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item&
 struct PixelTable {
   const float** pixels;
   int64_t count;
+  float* windows;  // those of a folded image that reach into the padding
 };
+
+// Points `to` at `count` pixels of a row of an image, `step` apart, at their channel `channel`.
+void point_at_row(const Image& image, int64_t n, int64_t y, int64_t x, int64_t step, int64_t count, int64_t channel,
+                  const float** to, float*& windows) {
+  const Fold& fold = image.fold;
+  if (fold.taps == 0) {
+    const float* pixel = image.values + ((n * image.rows + y) * image.columns + x) * image.channels + channel;
+    for (int64_t i = 0; i < count; ++i, pixel += step * image.channels) to[i] = pixel;
+    return;
+  }
+  const float* row = image.values + (n * image.rows + y) * fold.columns * fold.channels;
+  for (int64_t i = 0; i < count; ++i, x += step) {
+    const int64_t want = x * fold.stride - fold.pad;
+    const int64_t begin = std::clamp<int64_t>(want, 0, fold.columns);
+    const int64_t end = std::clamp<int64_t>(want + fold.taps, begin, fold.columns);
+    if (end - begin == fold.taps) {
+      to[i] = row + begin * fold.channels + channel;
+      continue;
+    }
+    std::memset(windows, 0, image.channels * sizeof(float));
+    std::memcpy(windows + (begin - want) * (begin < end) * fold.channels, row + begin * fold.channels,
+                (end - begin) * fold.channels * sizeof(float));
+    to[i] = windows + channel;
+    windows += image.channels;
+  }
+}
+
+// How many windows of a row reach into the padding.
+int64_t padded_windows(const Image& image) {
+  const Fold& fold = image.fold;
+  if (fold.taps == 0) return 0;
+  int64_t padded = 0;
+  for (int64_t x = 0; x < image.columns; ++x) {
+    const int64_t begin = x * fold.stride - fold.pad;
+    padded += begin < 0 || begin + fold.taps > fold.columns;
+  }
+  return padded;
+}
 
 // Scratch of one thread. Tables come in twos: of what is computed, and of what comes next, to be prefetched.
 struct ItemScratch {
@@ -115,7 +154,7 @@ class WeightsRun {
   WeightsRun(const WeightsPlan& plan, const float* lhs, const float* g, float* drhs)
       : plan_(plan), table_(kernels().weights), drhs_(drhs) {
     const ConvShape& s = plan.shape;
-    const Image lhs_image = {lhs, s.h, s.w, s.c}, g_image = {g, s.oh, s.ow, s.k};
+    const Image lhs_image = {lhs, s.h, s.w, s.c, plan.fold}, g_image = {g, s.oh, s.ow, s.k, {}};
     checked_ = plan.lhs_checked ? lhs_image : g_image;
     dense_ = plan.lhs_checked ? g_image : lhs_image;
     size_scratch();
@@ -166,6 +205,9 @@ class WeightsRun {
         const int64_t positions = cls.positions + group.rows.taps * cls.pitch + group.columns.taps;
         dense_positions_ = std::max(dense_positions_, positions);
         copy_floats_ = std::max(copy_floats_, positions * group.vectors * plan_.lanes);
+        const int64_t rows = cls.block_images * (cls.block_rows + group.rows.taps);
+        checked_windows_ = std::max(checked_windows_, rows * padded_windows(checked_) * checked_.channels);
+        dense_windows_ = std::max(dense_windows_, rows * padded_windows(dense_) * dense_.channels);
       }
       const int64_t floats = panel_floats(plan_, cls, item);
       all_panels_ += floats;
@@ -180,11 +222,16 @@ class WeightsRun {
     const int64_t values = lines * line_, zeros = std::max(plan_.channels, plan_.features) + 64;
     Scratch& scratch = Scratch::local();
     scratch.begin(2 * Scratch::size<float*>(positions_) + 2 * Scratch::size<float*>(dense_positions_) +
+                  2 * Scratch::size<float>(checked_windows_) + 2 * Scratch::size<float>(dense_windows_) +
                   Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
                   Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
     ItemScratch s;
-    for (PixelTable& table : s.checked) table = {scratch.take<const float*>(positions_), 0};
-    for (PixelTable& table : s.dense) table = {scratch.take<const float*>(dense_positions_), 0};
+    for (PixelTable& table : s.checked) {
+      table = {scratch.take<const float*>(positions_), 0, scratch.take<float>(checked_windows_)};
+    }
+    for (PixelTable& table : s.dense) {
+      table = {scratch.take<const float*>(dense_positions_), 0, scratch.take<float>(dense_windows_)};
+    }
     s.zeros = scratch.take<float>(zeros);
     s.values = scratch.take<float>(values);
     s.masks = scratch.take<uint64_t>(lines * words);
@@ -279,7 +326,7 @@ class WeightsRun {
   void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, const ItemScratch& scratch,
                         PixelTable& table) const {
     const Block block = block_of(plan_, cls, index);
-    const int64_t step = cls.columns.step * checked_.channels;
+    float* windows = table.windows;
     table.count = 0;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
     const int64_t pitch = plan_.sparse ? cls.pitch : block.columns;
@@ -289,10 +336,9 @@ class WeightsRun {
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = 0; row < block.rows; ++row) {
         const float** to = table.pixels + (image * image_rows + row) * pitch;
-        const float* pixel = checked_.at(block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
-                                         cls.columns.start + block.column * cls.columns.step) +
-                             item.channel;
-        for (int64_t x = 0; x < block.columns; ++x, pixel += step) to[x] = pixel;
+        point_at_row(checked_, block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
+                     cls.columns.start + block.column * cls.columns.step, cls.columns.step, block.columns, item.channel,
+                     to, windows);
       }
     }
   }
@@ -310,16 +356,15 @@ class WeightsRun {
     const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
     const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
     const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
-    const int64_t step = columns.step * dense_.channels;
+    float* windows = table.windows;
     table.count = ((block.images - 1) * cls.image_rows + want_rows - 1) * cls.pitch + want_columns;
     std::fill_n(table.pixels, table.count, scratch.zeros);
     if (begin == end) return;
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = begin_row; row < end_row; ++row) {
         const float** to = table.pixels + (image * cls.image_rows + row) * cls.pitch;
-        const float* pixel = dense_.at(block.image + image, rows.start + (first_row + row) * rows.step,
-                                       columns.start + (first + begin) * columns.step);
-        for (int64_t x = begin; x < end; ++x, pixel += step) to[x] = pixel;
+        point_at_row(dense_, block.image + image, rows.start + (first_row + row) * rows.step,
+                     columns.start + (first + begin) * columns.step, columns.step, end - begin, 0, to + begin, windows);
       }
     }
   }
@@ -374,7 +419,8 @@ class WeightsRun {
   const WeightsKernels& table_;
   Image checked_, dense_;
   float* drhs_;
-  int64_t positions_ = 0, line_ = 0, dense_positions_ = 0, copy_floats_ = 0, panel_floats_ = 0, all_panels_ = 0;
+  int64_t positions_ = 0, line_ = 0, dense_positions_ = 0, checked_windows_ = 0, dense_windows_ = 0, copy_floats_ = 0,
+          panel_floats_ = 0, all_panels_ = 0;
 };
 
 }  // namespace
@@ -391,8 +437,10 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const
       plan_weights(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
   count(plan.sparse ? "conv_bwd_weights/sparse" : "conv_bwd_weights/dense");
   const WeightsRun run(plan, lhs, g, drhs);
+  Executor alone;
+  Executor& threads = plan.serial ? alone : executor;
   if (plan.chunks == 1) {
-    run_phases(executor, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});
+    run_phases(threads, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});
     return;
   }
   SharedBuffer panels(plan.chunks * run.chunk_panel_bytes());
