@@ -336,12 +336,12 @@ def test_tracers_are_not_kept_alive() -> None:
 
 
 class Net(nn.Module):
-    sow: bool = True
+    tell: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(st.SparseConv(8, (3, 3), sow_sparsity=self.sow, name="first")(x))
-        x = st.SparseConv(4, (3, 3), sow_sparsity=self.sow, relu_input=True, name="second")(x)
+        x = nn.relu(st.SparseConv(8, (3, 3), sow_sparsity=self.tell, name="first")(x))
+        x = st.SparseConv(4, (3, 3), sow_sparsity=self.tell, relu_input=True, name="second")(x)
         return nn.relu(x)
 
 
@@ -357,7 +357,7 @@ def test_linen_layers_tell_the_sparsity_of_inputs_and_output_gradients() -> None
     (_, inputs), (grads, outputs) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
         variables["params"], variables["perturbations"]
     )
-    _, state = Net(sow=False).apply(variables, lhs, capture_intermediates=True, mutable=["intermediates"])
+    _, state = Net(tell=False).apply(variables, lhs, capture_intermediates=True, mutable=["intermediates"])
     activations = state["intermediates"]
     hidden = nn.relu(activations["first"]["__call__"][0])
     np.testing.assert_allclose(inputs["first"]["input_sparsity"][0], np.mean(np.asarray(lhs) == 0), rtol=1e-6)
@@ -365,18 +365,18 @@ def test_linen_layers_tell_the_sparsity_of_inputs_and_output_gradients() -> None
     second = np.mean(np.asarray(activations["second"]["__call__"][0]) <= 0)  # where the ReLU after it is off
     np.testing.assert_allclose(outputs["second"]["output_gradient_sparsity"], second, rtol=1e-6)
     assert outputs["first"]["output_gradient_sparsity"] >= np.mean(np.asarray(hidden) == 0) - 1e-6
-    silent = jax.grad(lambda params: Net(sow=False).apply({"params": params}, lhs).sum())(variables["params"])
+    silent = jax.grad(lambda params: Net(tell=False).apply({"params": params}, lhs).sum())(variables["params"])
     equal(grads, silent)
 
 
 def test_telemetry_costs_nothing_when_it_is_off() -> None:
     lhs, _ = operands()
-    variables = Net(sow=False).init(jax.random.key(0), lhs)
+    variables = Net(tell=False).init(jax.random.key(0), lhs)
     assert set(variables) == {"params"}
 
-    def jaxpr(sow: bool) -> str:
+    def jaxpr(tell: bool) -> str:
         return str(
-            jax.make_jaxpr(jax.grad(lambda params: Net(sow).apply({"params": params}, lhs).sum()))(variables["params"])
+            jax.make_jaxpr(jax.grad(lambda params: Net(tell).apply({"params": params}, lhs).sum()))(variables["params"])
         )
 
     assert jaxpr(True) == jaxpr(False)  # on, but no collection asked for
