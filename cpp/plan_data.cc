@@ -39,6 +39,18 @@ void split_fwd(const ConvShape& shape, DataPlan* plan) {
   plan->classes.push_back(std::move(all));
 }
 
+// Few channels would leave most of a 64-bit mask unused, and every tap would walk it again.
+bool folds(const ConvShape& shape) { return shape.s > 1 && shape.c < 8 && shape.s * shape.c <= kMaxBlock; }
+
+void fold_fwd(const ConvShape& shape, DataPlan* plan) {
+  plan->fold = shape.stride_w * shape.c;
+  plan->fold_pad = shape.pad_left * shape.c;
+  plan->channels = shape.s * shape.c;
+  plan->kernel_columns = 1;
+  plan->phases.push_back({0, 1, plan->out_columns});
+  plan->classes.push_back({0, 1, plan->out_columns, {Strand{0, 0, 1, {0}}}});
+}
+
 void split_bwd_input(const ConvShape& shape, DataPlan* plan) {
   plan->phases.push_back({0, 1, plan->in_columns});
   for (int64_t start = 0; start < std::min(shape.stride_w, plan->out_columns); ++start) {
@@ -95,6 +107,7 @@ void choose_vectors(const Machine& machine, const Kernels& kernels, int taps, Da
       const int64_t block = channels_in_block(machine, kernels.lanes, taps, vectors, plan->channels);
       return kTypicalDensity * (taps * vectors + 1) + 2.0 * vectors / static_cast<double>(block);
     };
+    if (blocks == 1 && last != v) continue;
     const double cost = static_cast<double>(blocks - 1) * loads(v) + loads(last);
     if (plan->vectors == 0 || cost < best_cost) {
       best_cost = cost;
@@ -159,6 +172,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   plan.in_rows = flat ? 1 : fwd ? shape.h : shape.oh;
   plan.in_columns = flat ? shape.n * shape.h * shape.w : fwd ? shape.w : shape.ow;
   plan.channels = fwd ? shape.c : shape.k;
+  plan.in_channels = plan.channels;
   plan.out_rows = flat ? 1 : fwd ? shape.oh : shape.h;
   plan.out_columns = flat ? plan.in_columns : fwd ? shape.ow : shape.w;
   plan.features = fwd ? shape.k : shape.c;
@@ -166,7 +180,13 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   plan.kernel_columns = shape.s;
   plan.row_stride = shape.stride_h;
   plan.row_pad = shape.pad_top;
-  fwd ? split_fwd(shape, &plan) : split_bwd_input(shape, &plan);
+  if (!fwd) {
+    split_bwd_input(shape, &plan);
+  } else if (folds(shape)) {
+    fold_fwd(shape, &plan);
+  } else {
+    split_fwd(shape, &plan);
+  }
   const int taps = widest_strand(plan);
   choose_vectors(machine, kernels, taps, &plan);
   choose_blocks(machine, kernels, taps, &plan);
@@ -183,6 +203,7 @@ std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) 
   const auto add = [&out](const char* key, auto value) { out.emplace_back(key, std::to_string(value)); };
   size_t strands = 0;
   for (const ColumnClass& c : plan.classes) strands += c.strands.size();
+  add("folded", plan.fold > 0);
   add("column_classes", plan.classes.size());
   add("strands", strands);
   add("taps", widest_strand(plan));

@@ -7,6 +7,8 @@
 //   FWD, stride 1: one strand. FWD, stride st: tap s and tap s + st meet pixels st apart, so the taps fall into st
 //   strands by s modulo st, each on its own sub-grid of pixels.
 //   BWI, stride st: the columns fall into st classes by x modulo st, and each class gets one strand (or none).
+//   FWD of few channels (an image): a window of a row is one run of kernel_columns * channels floats, so its taps fold
+//   into the channels: one tap, pixels are output columns, and neighbouring pixels overlap.
 //   Kernels wider than kMaxTaps: the taps of a strand are cut into several.
 // Along y no splitting is needed: each row of the result has a list of (input row, kernel row).
 //
@@ -63,6 +65,9 @@ struct DataPlan {
   int64_t tile_rows;     // of the images' rows taken together
   int64_t tile_columns;  // multiple of the classes' step
   bool copy;             // scan copies the values
+  int64_t in_channels;   // of the operand itself; `channels` counts folded ones
+  int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
+  int64_t fold_pad;      // zero floats before the first value of a folded row
   bool stream;           // the result by-passes the caches
   float dense_density;   // a tile with at least this share of non-zeros runs dense
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs

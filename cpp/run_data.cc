@@ -93,7 +93,7 @@ struct Range {
 // The input of one tile: which rows and pixels, their masks and values.
 class TileInput {
  public:
-  TileInput(const DataPlan& plan, Range rows, Range columns) : plan_(plan) {
+  TileInput(const DataPlan& plan, const float* input, Range rows, Range columns) : plan_(plan), input_(input) {
     for (int64_t n = rows.begin / plan.out_rows; n * plan.out_rows < rows.end; ++n) {
       const int64_t y0 = std::max<int64_t>(0, rows.begin - n * plan.out_rows);
       const int64_t y1 = std::min(plan.out_rows, rows.end - n * plan.out_rows);
@@ -118,43 +118,44 @@ class TileInput {
     }
   }
 
-  int64_t scratch_bytes() const {
-    return Scratch::size<uint64_t>(masks()) + (plan_.copy ? Scratch::size<float>(values()) : 0) +
-           (plan_.copy ? 0 : Scratch::size<uint64_t>(1));
-  }
+  int64_t scratch_bytes() const { return Scratch::size<uint64_t>(masks()) + Scratch::size<float>(values()); }
 
   void take(Scratch& scratch) {
     masks_ = scratch.take<uint64_t>(masks());
-    values_ = plan_.copy ? scratch.take<float>(values()) : nullptr;
+    values_ = scratch.take<float>(values());
   }
 
-  // Returns the number of non-zeros.
-  int64_t scan(const Kernels& kernels, const float* input) {
-    input_ = input;
-    int64_t count = 0;
+  // Makes masks and copies; returns the share of non-zeros. With step > 1 only looks at every step-th pixel.
+  double scan(const Kernels& kernels, int64_t step) {
+    int64_t nonzeros = 0, elements = 0;
     for (const Image& image : images_) {
       for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
         const int64_t row = image.slot + y - image.rows.begin;
         for (size_t p = 0; p < phases_.size(); ++p) {
           if (phases_[p].pixels.size() == 0) continue;
           ScanArgs args{};
-          args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
-          args.value_pitch = plan_.phases[p].step * plan_.channels;
-          args.pixels = static_cast<int>(phases_[p].pixels.size());
+          if (plan_.fold > 0) {
+            args.values = copy_folded_row(image.n, y, row);
+            args.value_pitch = plan_.fold * step;
+          } else {
+            args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
+            args.value_pitch = plan_.phases[p].step * plan_.channels * step;
+          }
+          args.pixels = static_cast<int>((phases_[p].pixels.size() + step - 1) / step);
           args.channels = static_cast<int>(plan_.channels);
           args.block = plan_.channel_block;
           args.masks = masks_ + mask_index(row, p, 0);
           args.mask_pitch = rows_ * slot_;
-          args.copy = plan_.copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
+          const bool copy = plan_.copy && plan_.fold == 0 && step == 1;
+          args.copy = copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
           args.copy_pitch = rows_ * slot_ * plan_.channel_block;
-          count += kernels.data.scan(args);
+          nonzeros += kernels.data.scan(args);
+          elements += args.pixels * plan_.channels;
         }
       }
     }
-    return count;
+    return elements == 0 ? 0.0 : static_cast<double>(nonzeros) / static_cast<double>(elements);
   }
-
-  int64_t elements() const { return rows_ * slot_ * plan_.channels; }
 
   // For dense tiles: every existing channel of every pixel is visited.
   void fill_masks() {
@@ -175,7 +176,11 @@ class TileInput {
     const int64_t index =
         mask_index(image.slot + y - image.rows.begin, strand.phase, channel_block) + begin - phase.pixels.begin;
     args->masks = masks_ + index;
-    if (plan_.copy) {
+    if (plan_.fold > 0) {
+      args->values = folded_row(image.slot + y - image.rows.begin) + (begin - phase.pixels.begin) * plan_.fold +
+                     channel_block * plan_.channel_block;
+      args->value_pitch = plan_.fold;
+    } else if (plan_.copy) {
       args->values = values_ + index * plan_.channel_block;
       args->value_pitch = plan_.channel_block;
     } else {
@@ -197,7 +202,26 @@ class TileInput {
     int64_t slot;
   };
   int64_t masks() const { return plan_.channel_blocks() * rows_ * slot_; }
-  int64_t values() const { return masks() * plan_.channel_block; }
+  int64_t values() const {
+    if (plan_.fold > 0) return rows_ * folded_floats();
+    return plan_.copy ? masks() * plan_.channel_block : 0;
+  }
+  int64_t folded_floats() const { return (phases_[0].pixels.size() - 1) * plan_.fold + plan_.channels; }
+  float* folded_row(int64_t row) const { return values_ + row * folded_floats(); }
+
+  // The windows of the tile's pixels in input row y, with the zeros of the padding.
+  const float* copy_folded_row(int64_t n, int64_t y, int64_t row) const {
+    const int64_t width = plan_.in_columns * plan_.in_channels;
+    const int64_t begin = phases_[0].pixels.begin * plan_.fold - plan_.fold_pad, end = begin + folded_floats();
+    const float* src = input_ + (n * plan_.in_rows + y) * width;
+    float* dst = folded_row(row);
+    const int64_t from = std::clamp<int64_t>(0, begin, end), to = std::clamp(width, from, end);
+    std::fill(dst, dst + (from - begin), 0.0f);
+    std::copy(src + from, src + to, dst + (from - begin));
+    std::fill(dst + (to - begin), dst + (end - begin), 0.0f);
+    return dst;
+  }
+
   int64_t mask_index(int64_t row, size_t phase, int64_t channel_block) const {
     return (channel_block * rows_ + row) * slot_ + phases_[phase].slot;
   }
@@ -207,10 +231,10 @@ class TileInput {
   }
 
   const DataPlan& plan_;
+  const float* input_;
   std::vector<Image> images_;
   std::vector<PhaseSlot> phases_;
   int64_t rows_ = 0, slot_ = 0;
-  const float* input_ = nullptr;
   uint64_t* masks_ = nullptr;
   float* values_ = nullptr;
 };
@@ -301,16 +325,18 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
 
 void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
   const DataPlan& plan = call.plan;
-  TileInput input(plan, rows, columns);
+  TileInput input(plan, call.input, rows, columns);
   const int64_t sums = rows.size() * columns.size() * plan.vectors * call.kernels.lanes;
   Scratch& scratch = Scratch::local();
   scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums));
   input.take(scratch);
   float* tile = scratch.take<float>(sums);
-  const int64_t nonzeros = input.scan(call.kernels, call.input);
-  const float density =
-      input.elements() > 0 ? static_cast<float>(nonzeros) / static_cast<float>(input.elements()) : 0.0f;
-  const bool dense = call.mode == Mode::kDense || (call.mode == Mode::kAuto && density >= plan.dense_density);
+  // A dense tile needs its input scanned only for the copy, so a sample goes first.
+  constexpr int64_t kSampleStep = 16;
+  const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || plan.copy ||
+                                                          input.scan(call.kernels, kSampleStep) >= plan.dense_density);
+  const double density = maybe_dense && !plan.copy ? 1 : input.scan(call.kernels, 1);
+  const bool dense = maybe_dense && (call.mode == Mode::kDense || density >= plan.dense_density);
   if (dense) input.fill_masks();
   const uint64_t pair_mask = dense || density >= plan.pair_density ? ~uint64_t{0} : 0;
   if (blocks.begin == 0) {
