@@ -13,6 +13,7 @@
 #include "handlers.h"
 #include "isa.h"
 #include "plan_data.h"
+#include "plan_weights.h"
 
 namespace nb = nanobind;
 using namespace sparsetrain;
@@ -36,6 +37,9 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
     pairs = describe(plan_data(DataOp::kFwd, shape, machine(), kernels()));
   } else if (component == "bwd_input") {
     pairs = describe(plan_data(DataOp::kBwdInput, shape, machine(), kernels()));
+  } else if (component == "bwd_weights") {
+    const Kernels& k = kernels();
+    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{}, {machine(), k.lanes, k.registers, 1});
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }
