@@ -19,6 +19,7 @@ constexpr double kWalkCost = 1.2;  // a multiply-add of a walk: mask, broadcast 
 constexpr double kTileCost = 1.12;
 constexpr double kPairDensity = 0.25;    // below: too few positions are non-zero in both channels
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
+constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
 constexpr double kSerialCost = 150'000;  // below: a helper thread takes longer to start than the call
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -203,7 +204,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
 // Cuts drhs into items. The panel of an item (its sums between pixel blocks) and a packed pixel block should stay in
 // L2; every cut repeats packing (along features) or copying (along channels).
 void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
-  int64_t taps = 1, positions = 64, blocks = 0, widest = 1;
+  int64_t taps = 1, all_taps = 0, positions = 64, pixels = 0, blocks = 0, widest = 1;
   for (const PixelClass& cls : plan.classes) {
     int64_t class_taps = 0;
     for (const TapGroup& group : cls.groups) {
@@ -213,6 +214,8 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
     taps = std::max(taps, class_taps);
     positions = std::max(positions, cls.positions);
     blocks = std::max(blocks, cls.block_count());
+    pixels = std::max(pixels, plan.shape.n * cls.rows.count * cls.columns.count);
+    all_taps += class_taps;
   }
   const int64_t unit = plan.sparse ? plan.lanes : 24;  // 24: whole tiles for every choice of vectors
   const int64_t width = widest * plan.lanes;
@@ -225,9 +228,16 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
         std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
     plan.feature_block = round_up(balanced(plan.features, most), width);
   }
+  // Chunks of the pixels repeat no packing or copying, but their sums must be added: where pixels are many for the size
+  // of drhs. By shape alone, because the sums depend on it.
+  const int64_t sums = 4 * round_up(plan.channels, unit) * round_up(plan.features, width) * all_taps;
   plan.chunks = 1;
+  while (!plan.serial && plan.chunks < 8 && pixels >= plan.chunks * kChunkPixels && blocks >= 8 * plan.chunks &&
+         2 * plan.chunks * sums <= 4 * machine.caches.l2_bytes) {
+    plan.chunks *= 2;
+  }
   const auto items = [&plan] {
-    return ceil_div(plan.channels, plan.channel_block) * ceil_div(plan.features, plan.feature_block);
+    return plan.chunks * ceil_div(plan.channels, plan.channel_block) * ceil_div(plan.features, plan.feature_block);
   };
   // Few items: cut the longer side, down to sizes where repeated work would show.
   const int64_t wanted = machine.threads > 1 && !plan.serial ? 2 * machine.threads : 1;
@@ -241,13 +251,6 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
     } else {
       break;
     }
-  }
-  // Too few channels and features for threads, many pixels: cut those, by shape alone (the sums depend on it).
-  const int64_t largest = round_up(plan.channels, unit) * round_up(plan.features, width) * taps * 4;
-  if (plan.channels < 4 * unit && plan.features < 128 && blocks >= 32 && 8 * largest <= machine.caches.l2_bytes) {
-    plan.chunks = 8;
-    plan.channel_block = round_up(plan.channels, unit);
-    plan.feature_block = round_up(plan.features, width);
   }
 }
 

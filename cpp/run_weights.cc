@@ -163,37 +163,52 @@ class WeightsRun {
   int64_t items() const {
     return ceil_div(plan_.channels, plan_.channel_block) * ceil_div(plan_.features, plan_.feature_block) * plan_.chunks;
   }
-  size_t chunk_panel_bytes() const { return all_panels_ * sizeof(float); }
+  size_t chunk_bytes() const { return plan_.chunks * chunk_floats() * sizeof(float); }
+  int64_t reductions() const { return items() / plan_.chunks * slices() * static_cast<int64_t>(plan_.classes.size()); }
 
   // `chunk_panels`: room for all sums of each chunk, or null when there is one chunk only.
   void run(int64_t index, float* chunk_panels) const {
     const Item item = item_of(plan_, index);
     ItemScratch scratch = take_scratch();
-    int64_t base = 0;
+    int64_t base = index % (items() / plan_.chunks) * item_floats_ + item.chunk * chunk_floats();
     for (const PixelClass& cls : plan_.classes) {
-      if (chunk_panels != nullptr) scratch.panel = chunk_panels + item.chunk * all_panels_ + base;
+      if (chunk_panels != nullptr) scratch.panel = chunk_panels + base;
       run_class(cls, item, scratch);
-      if (chunk_panels == nullptr && !direct()) store(cls, item, scratch.panel);
-      base += panel_floats(plan_, cls, item);
+      if (chunk_panels == nullptr && !direct()) store(cls, item, scratch.panel, 0, item.channels);
+      base += panel_floats(plan_, cls, item_of(plan_, 0));
     }
   }
 
-  // Adds the chunks' sums, in order, and stores them.
+  // Adds the chunks' sums for a slice of an item's channels, in order, and stores them.
   void reduce(int64_t index, float* chunk_panels) const {
-    const PixelClass& cls = plan_.classes[index];
-    const Item item = item_of(plan_, 0);
-    int64_t base = 0;
-    for (int64_t i = 0; i < index; ++i) base += panel_floats(plan_, plan_.classes[i], item);
-    const int64_t floats = panel_floats(plan_, cls, item);
-    float* sums = chunk_panels + base;
-    for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
-      const float* more = sums + chunk * all_panels_;
-      for (int64_t i = 0; i < floats; ++i) sums[i] += more[i];
+    const int64_t slice = index % slices(), class_index = index / slices() % static_cast<int64_t>(plan_.classes.size());
+    const int64_t item_index = index / slices() / static_cast<int64_t>(plan_.classes.size());
+    const Item item = item_of(plan_, item_index);
+    const int64_t begin = slice * kSliceChannels, end = std::min(begin + kSliceChannels, item.channels);
+    if (begin >= end) return;
+    const PixelClass& cls = plan_.classes[class_index];
+    float* panel = chunk_panels + item_index * item_floats_;
+    for (int64_t i = 0; i < class_index; ++i) panel += panel_floats(plan_, plan_.classes[i], item_of(plan_, 0));
+    int64_t offset = 0;
+    for (const TapGroup& group : cls.groups) {
+      const int64_t taps = group.rows.taps * group.columns.taps;
+      for_steps(plan_, group, item, offset, [&](int64_t, int, int vectors, int64_t sums) {
+        const int64_t channel = taps * vectors * plan_.lanes;
+        float* to = panel + sums + begin * channel;
+        for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
+          const float* more = to + chunk * chunk_floats();
+          for (int64_t i = 0; i < (end - begin) * channel; ++i) to[i] += more[i];
+        }
+      });
     }
-    store(cls, item, sums);
+    store(cls, item, panel, begin, end);
   }
 
  private:
+  static constexpr int64_t kSliceChannels = 32;
+  int64_t slices() const { return ceil_div(plan_.channel_block, kSliceChannels); }
+  int64_t chunk_floats() const { return items() / plan_.chunks * item_floats_; }
+
   // The last walk of a panel writes drhs itself.
   bool direct() const { return plan_.lhs_checked && plan_.chunks == 1; }
 
@@ -210,7 +225,7 @@ class WeightsRun {
         dense_windows_ = std::max(dense_windows_, rows * padded_windows(dense_) * dense_.channels);
       }
       const int64_t floats = panel_floats(plan_, cls, item);
-      all_panels_ += floats;
+      item_floats_ += floats;
       panel_floats_ = std::max(panel_floats_, floats);
     }
     if (plan_.chunks > 1) panel_floats_ = 0;  // they live in the shared buffer
@@ -390,7 +405,8 @@ class WeightsRun {
             features};
   }
 
-  void store(const PixelClass& cls, const Item& item, const float* panel) const {
+  // Moves the sums of channels begin..end of an item to drhs.
+  void store(const PixelClass& cls, const Item& item, const float* panel, int64_t begin, int64_t end) const {
     const ConvShape& s = plan_.shape;
     int64_t offset = 0;
     for (const TapGroup& group : cls.groups) {
@@ -398,17 +414,17 @@ class WeightsRun {
       for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
         const int64_t width = static_cast<int64_t>(vectors) * plan_.lanes;
         for (int t = 0; t < taps; ++t) {
-          const float* from = panel + sums + t * width;
+          const float* from = panel + sums + begin * taps * width + t * width;
           float* to =
-              drhs_at(group, item.channel, item.feature + first) +
+              drhs_at(group, item.channel + begin, item.feature + first) +
               (t / group.columns.taps * group.rows.tap_step * s.s + t % group.columns.taps * group.columns.tap_step) *
                   s.c * s.k;
           if (plan_.lhs_checked) {
-            for (int64_t c = 0; c < item.channels; ++c) {
+            for (int64_t c = 0; c < end - begin; ++c) {
               std::memcpy(to + c * s.k, from + c * taps * width, features * sizeof(float));
             }
           } else {
-            table_.transpose({from, taps * width, static_cast<int>(item.channels), features, to, s.k});
+            table_.transpose({from, taps * width, static_cast<int>(end - begin), features, to, s.k});
           }
         }
       });
@@ -420,7 +436,7 @@ class WeightsRun {
   Image checked_, dense_;
   float* drhs_;
   int64_t positions_ = 0, line_ = 0, dense_positions_ = 0, checked_windows_ = 0, dense_windows_ = 0, copy_floats_ = 0,
-          panel_floats_ = 0, all_panels_ = 0;
+          panel_floats_ = 0, item_floats_ = 0;
 };
 
 }  // namespace
@@ -443,11 +459,10 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const
     run_phases(threads, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});
     return;
   }
-  SharedBuffer panels(plan.chunks * run.chunk_panel_bytes());
+  SharedBuffer panels(run.chunk_bytes());
   float* sums = panels.as<float>();
-  run_phases(executor,
-             {{run.items(), [&run, sums](int64_t item) { run.run(item, sums); }},
-              {static_cast<int64_t>(plan.classes.size()), [&run, sums](int64_t index) { run.reduce(index, sums); }}});
+  run_phases(threads, {{run.items(), [&run, sums](int64_t item) { run.run(item, sums); }},
+                       {run.reductions(), [&run, sums](int64_t index) { run.reduce(index, sums); }}});
 }
 
 }  // namespace sparsetrain
