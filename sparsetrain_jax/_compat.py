@@ -105,5 +105,8 @@ def within(context: Any, avals: Sequence[Any]) -> Iterator[None]:
         manual = getattr(aval, "manual_axis_type", None)
         return bool(getattr(aval, "vma", None) if manual is None else manual.varying)
 
-    with context.manager, config._check_vma(config._check_vma.value or any(map(varies, avals))):
+    mesh = context.cur_abstract_mesh
+    axes = [(name, mesh.shape[name]) for name in mesh.manual_axes]
+    check = config._check_vma.value or any(map(varies, avals))
+    with context.manager, config._check_vma(check), core.extend_axis_env_nd(axes):
         yield

@@ -10,12 +10,14 @@ On the way, :mod:`~sparsetrain_jax.facts` proves for which convolutions ``relu_i
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import jax
+from flax import nnx
 from jax import lax
 from jax.extend import core, linear_util, source_info_util
 
@@ -188,14 +190,23 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _trace(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Traced:
-    """``function`` with everything but JAX arrays closed over; its results may contain anything, too."""
+    """``function`` with everything but JAX arrays closed over; its results may contain anything, too.
+
+    It gets copies of nnx models among its arguments, since those hold arrays. What it changes in them (running
+    averages, counters of random numbers) is one more result, with which ``outputs`` updates the models themselves.
+    """
     leaves, structure = jax.tree.flatten((args, kwargs))
     results: list[Any] = []
 
     def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
         rest = iter(arrays)
-        args, kwargs = jax.tree.unflatten(structure, [next(rest) if _is_array(leaf) else leaf for leaf in leaves])
-        out, out_structure = jax.tree.flatten(function(*args, **kwargs))
+        copies = jax.tree.unflatten(structure, [next(rest) if _is_array(leaf) else leaf for leaf in leaves])
+        models = _nnx_models(copies)
+        before = jax.tree.leaves(models)
+        result = function(*copies[0], **copies[1])
+        after = jax.tree.leaves(models)
+        changed = len(before) != len(after) or not all(map(operator.is_, before, after))
+        out, out_structure = jax.tree.flatten((result, [nnx.state(m) for m in models] if changed else []))
         results[:] = [[None if _is_array(leaf) else leaf for leaf in out], list(map(_is_array, out)), out_structure]
         return [leaf for leaf in out if _is_array(leaf)]
 
@@ -205,11 +216,21 @@ def _trace(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     def outputs(values: Sequence[jax.Array]) -> Any:
         constants, traced, out_structure = results
         rest = iter(values)
-        return jax.tree.unflatten(
+        result, states = jax.tree.unflatten(
             out_structure, [next(rest) if t else c for c, t in zip(constants, traced, strict=True)]
         )
+        if states:
+            for model, state in zip(_nnx_models((args, kwargs)), states, strict=True):
+                nnx.update(model, state)
+        return result
 
     return _Traced(jaxpr, arrays, outputs)
+
+
+def _nnx_models(tree: Any) -> list[Any]:
+    """The nnx objects in a pytree."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
+    return [node for node in nodes if isinstance(node, nnx.Pytree)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,7 +543,7 @@ class _Walk:
             env.update(zip(eqn.outvars, results, strict=True))
 
         out = tuple(map(known_of, inner.outvars))
-        if len(eqns) == len(inner.eqns) and all(map(_is, eqns, inner.eqns)):
+        if len(eqns) == len(inner.eqns) and all(map(operator.is_, eqns, inner.eqns)):
             return _Walked(None, out, tuple(reports))
         rewritten = inner.replace(eqns=eqns)
         return _Walked(core.ClosedJaxpr(rewritten, consts) if is_closed else rewritten, out, tuple(reports))
@@ -678,10 +699,6 @@ _ENTERED: dict[str, Callable[[_Walk, Any, Sequence[Facts], bool], _Entered]] = {
     "custom_jvp_call": _Walk._custom_jvp,
     "custom_vjp_call": _Walk._custom_vjp,
 }
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
 
 
 def _with(eqn: Any, walks: Sequence[_Walked], **changes: Any) -> Any:

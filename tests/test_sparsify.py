@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 import sparsetrain_jax as st
-from sparsetrain_jax import facts
+from sparsetrain_jax import facts, transform
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -279,6 +281,55 @@ def test_what_makes_zeros_of_small_numbers_is_not_proven(name: str) -> None:
         assert not h.astype(jnp.float32).any()
 
 
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+#: Where ReLU and convolution are, one inside the other or both.
+INSIDE = {
+    "jit": lambda x, w: jax.jit(conv)(relu(x), w),
+    "checkpoint": lambda x, w: jax.checkpoint(lambda x, w: conv(relu(x), w))(x, w),
+    "checkpoint around the convolution": lambda x, w: jax.checkpoint(conv)(relu(x), w),
+    "cond": lambda x, w: lax.cond(x.sum() > 0, conv, lambda h, w: conv(h, -w), relu(x), w)[..., :2],
+    "scan": lambda x, w: lax.scan(lambda h, _: (relu(conv(h, w)), None), relu(x), length=2)[0],
+    "scan with relu in it": lambda x, w: lax.scan(lambda h, _: (conv(relu(h), w), None), x, length=2)[0],
+    "scan over kernels": lambda x, w: lax.scan(
+        lambda h, w: (max_pool(enlarge(relu(conv(h, w)))), None), relu(x), w[None]
+    )[0],
+    "vmap": lambda x, w: jax.vmap(lambda x: conv(relu(x), w), 1, 1)(jnp.stack([x, -x], 1)),
+    "shard_map": lambda x, w: jax.shard_map(
+        lambda x, w: conv(relu(x), w),
+        mesh=mesh(),
+        in_specs=(PartitionSpec("devices"), PartitionSpec()),
+        out_specs=PartitionSpec("devices"),
+    )(x, w),
+    "scan in checkpoint in jit": jax.jit(
+        jax.checkpoint(lambda x, w: lax.scan(lambda h, _: (relu(conv(h, w)), None), relu(x), length=2)[0])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_the_proof_reaches_into_other_transformations(name: str) -> None:
+    fun = lambda x, w: energy(INSIDE[name](x, w))  # noqa: E731
+    assert all(proven(fun, X, W))
+    assert "sparse_conv_bwd_input_masked" in names(jax.grad(st.sparsify(fun)), X, W)
+    assert_same_gradients(fun, X, W)
+
+
+def test_a_carry_that_stops_qualifying_is_noticed_after_any_number_of_rounds() -> None:
+    def fun(x: jax.Array, w: jax.Array) -> jax.Array:
+        def body(carry: tuple[jax.Array, ...], _: None) -> Any:
+            a, b, c = carry
+            return (b, c, x), conv(a, w)  # what is signed takes three rounds to get to the convolution
+
+        h = relu(x)
+        return energy(lax.scan(body, (h, h, h), length=5)[1])
+
+    assert proven(fun, X, W) == [False]
+    assert_same_gradients(fun, X, W)
+
+
 def test_an_argument_never_qualifies_and_its_relu_does() -> None:
     fun = lambda h, w: energy(conv(h, w)) + energy(conv(relu(h), w))  # noqa: E731
     assert proven(fun, X, W) == [False, True]
@@ -441,10 +492,6 @@ def own_rule_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.
 
 
 own_rule.defvjp(lambda x, w: (conv(x, w), (x, w)), own_rule_bwd)
-
-
-def mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 PLACES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -823,20 +870,67 @@ class Pyramid(nnx.Module):
         return self.head(jax.nn.relu(self.second(h)).mean((1, 2)))
 
 
-def test_an_nnx_model_trains_the_same() -> None:
-    graph, params, rest = nnx.split(Pyramid(nnx.Rngs(0)), nnx.Param, ...)
+def test_an_nnx_model_trains_the_same_and_keeps_its_state() -> None:
     x = jax.random.normal(KEY, (4, 8, 8, 3))
+
+    def loss(model: Pyramid, x: jax.Array) -> jax.Array:
+        return (model(x) ** 2).mean()
+
+    assert proven(loss, Pyramid(nnx.Rngs(0)), x) == [False, True]
+    outcomes = []
+    for fun in (st.sparsify(loss), loss):
+        model = Pyramid(nnx.Rngs(0))
+        outcomes.append((nnx.jit(nnx.value_and_grad(fun))(model, x), nnx.state(model)))
+        assert np.asarray(model.norm.mean.get_value()).any()  # it was all zeros
+    sparse, plain = outcomes
+    assert jax.tree.structure(sparse) == jax.tree.structure(plain)
+    for a, b in zip(*map(jax.tree.leaves, (sparse, plain)), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            a, b = np.asarray(a), np.asarray(b)
+            np.testing.assert_allclose(a, b, rtol=0, atol=64 * 2.0**-24 * np.abs(b).max())
+        else:
+            assert a.dtype == b.dtype and (a == b).all()
+
+
+def test_a_split_nnx_model_trains_the_same() -> None:
+    graph, params, rest = nnx.split(Pyramid(nnx.Rngs(0)), nnx.Param, ...)
+    x = jax.random.normal(KEY, (2, 4, 4, 3))
 
     def loss(params: Any, rest: Any, x: jax.Array) -> Any:
         model = nnx.merge(graph, params, rest, copy=True)
-        value = (model(x) ** 2).mean()
-        return value, nnx.state(model, nnx.BatchStat)
+        return (model(x) ** 2).mean(), nnx.state(model, nnx.BatchStat)
 
     assert proven(loss, params, rest, x) == [False, True]
-    sparse, plain = (compiled(jax.value_and_grad(f, has_aux=True))(params, rest, x) for f in (st.sparsify(loss), loss))
-    assert jax.tree.structure(sparse) == jax.tree.structure(plain)
-    for a, b in zip(jax.tree.leaves(sparse), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=64 * 2.0**-24 * float(jnp.abs(b).max()))
+    sparse, plain = (
+        jax.eval_shape(jax.value_and_grad(f, has_aux=True), params, rest, x) for f in (st.sparsify(loss), loss)
+    )
+    assert sparse == plain
+
+
+def test_tracing_takes_less_than_twice_as_long() -> None:
+    model, x = ResNet(), jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, KEY, x)
+
+    def seconds(apply: Callable[..., Any]) -> float:
+        jax.clear_caches()
+        transform._jaxpr_of.cache_clear()
+        loss = lambda v, x: (apply(v, x, train=True, mutable=["batch_stats"])[0] ** 2).mean()  # noqa: E731
+        start = time.process_time()
+        jax.jit(jax.grad(loss)).trace(variables, x)
+        return time.process_time() - start
+
+    applies = (model.apply, st.sparsify(model.apply))
+    plain, sparse = np.min([[seconds(apply) for apply in applies] for _ in range(3)], axis=0)
+    assert sparse < 2 * plain
+
+
+def test_nothing_is_kept_of_functions_that_are_gone() -> None:
+    def trace() -> int:
+        jax.make_jaxpr(jax.grad(st.sparsify(lambda x: energy(conv(relu(jax.jit(conv)(x, W)), W)))))(X)
+        gc.collect()
+        return len(transform._MEMO)
+
+    assert trace() == trace()
 
 
 def test_a_pure_jax_network_trains_the_same() -> None:
