@@ -45,6 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-untuned", action="store_true", help="skip the second pass in an untuned environment")
     parser.add_argument("--csv", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--markdown", metavar="FILE", help="the ratios as a Markdown table, as in the README")
     parser.add_argument("--memory", action="store_true", help="report the peak memory of one call instead of its time")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--untuned-child", action="store_true", help=argparse.SUPPRESS)
@@ -180,6 +181,23 @@ def summary_table(records: list[Record]) -> Table:
         cells = [cell(rows, name) for _, name, cell in columns]
         table.add_row(group, component, f"{sparsity:.2f}", str(len(rows)), *cells)
     return table
+
+
+def markdown(records: list[Record]) -> str:
+    """Rows: layer and component. Columns: sparsity, each cell "x oneDNN / x XLA"."""
+    sparsities = sorted({record.sparsity for record in records})
+    lines = ["| layer | N | component | " + " | ".join(f"{s:.0%} zeros" for s in sparsities) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(sparsities))
+    of = {(record.layer, record.batch, record.component, record.sparsity): record for record in records}
+    for layer, batch, component in dict.fromkeys((r.layer, r.batch, r.component) for r in records):
+        cells = []
+        for sparsity in sparsities:
+            record = of.get((layer, batch, component, sparsity))
+            cells.append(f"{common.number(record.x_onednn)} / {common.number(record.x_xla)}" if record else "")
+        lines.append(f"| {layer} | {batch} | {component} | " + " | ".join(cells) + " |")
+    first = records[0]
+    lines.append(f"\n{first.isa}, {first.threads} threads, {first.mask} zeros: time of oneDNN / of XLA:CPU over ours.")
+    return "\n".join(lines) + "\n"
 
 
 def plot(records: list[Record], path: str) -> None:
@@ -354,6 +372,8 @@ def main(argv: Sequence[str]) -> None:
         common.write_csv(arguments.csv, records)
     if arguments.plot:
         plot(records, arguments.plot)
+    if arguments.markdown:
+        Path(arguments.markdown).write_text(markdown(records))
 
 
 if __name__ == "__main__":
