@@ -3,6 +3,9 @@
 //   conv_fwd          out[n,y,x,k]  = sum_{r,s,c} lhs[n, y*stride_h+r-pad_top, x*stride_w+s-pad_left, c] * rhs[r,s,c,k]
 //   conv_bwd_input    dlhs = the transpose of conv_fwd in lhs, applied to g (the gradient of out)
 //   conv_bwd_weights  drhs = the transpose of conv_fwd in rhs, applied to (lhs, g)
+//   conv_bwd_input_masked
+//                     what conv_bwd_input computes wherever x (of the shape of lhs) is non-zero, and exactly zero
+//                     wherever x is zero, even if g or rhs holds Inf or NaN
 //
 // Layouts are Flax's own, dense and row-major: lhs and dlhs NHWC [n,h,w,c], rhs and drhs HWIO [r,s,c,k],
 // out and g NHWC [n,oh,ow,k]. Indices outside lhs are zero padding.
@@ -39,5 +42,7 @@ void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const flo
                     Executor& executor);
 void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const float* g, float* drhs,
                       Executor& executor);
+void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
+                           float* dlhs, Executor& executor);
 
 }  // namespace sparsetrain

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <utility>
 
 #include "conv.h"
 #include "parallel.h"
@@ -65,19 +66,17 @@ ffi::Error make_shape(const char* op, Geometry geometry, ffi::Span<const int64_t
   return ffi::Error::Success();
 }
 
-using Operation = void (*)(const ConvShape&, Mode, const float*, const float*, float*, Executor&);
-
-template <Operation operation>
-ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int64_t mode, const F32& a, const F32& b,
-               Result& result) {
+template <auto operation, class... Operands>
+ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int64_t mode, Result& result,
+               const Operands&... operands) {
   if (result->element_count() == 0) return ffi::Error::Success();
-  if (a.element_count() == 0 || b.element_count() == 0) {
+  if (((operands.element_count() == 0) || ...)) {
     std::memset(result->typed_data(), 0, result->size_bytes());
     return ffi::Error::Success();
   }
   try {
     XlaExecutor executor(pool);
-    operation(shape, static_cast<Mode>(mode), a.typed_data(), b.typed_data(), result->typed_data(), executor);
+    operation(shape, static_cast<Mode>(mode), operands.typed_data()..., result->typed_data(), executor);
   } catch (const std::exception& e) {
     return ffi::Error::Internal(std::string(op) + ": " + e.what());
   }
@@ -89,7 +88,7 @@ ffi::Error conv_fwd_handler(ffi::ThreadPool pool, F32 lhs, F32 rhs, Result out, 
   ffi::Error error =
       make_shape("sparse_conv_fwd", geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode, &shape);
   if (error.failure()) return error;
-  return run<conv_fwd>("sparse_conv_fwd", pool, shape, mode, lhs, rhs, out);
+  return run<conv_fwd>("sparse_conv_fwd", pool, shape, mode, out, lhs, rhs);
 }
 
 ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, F32 g, F32 rhs, Result dlhs, Geometry geometry, int64_t mode) {
@@ -97,7 +96,7 @@ ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, F32 g, F32 rhs, Result d
   ffi::Error error =
       make_shape("sparse_conv_bwd_input", geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
   if (error.failure()) return error;
-  return run<conv_bwd_input>("sparse_conv_bwd_input", pool, shape, mode, g, rhs, dlhs);
+  return run<conv_bwd_input>("sparse_conv_bwd_input", pool, shape, mode, dlhs, g, rhs);
 }
 
 ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, F32 lhs, F32 g, Result drhs, Geometry geometry,
@@ -106,22 +105,36 @@ ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, F32 lhs, F32 g, Result
   ffi::Error error = make_shape("sparse_conv_bwd_weights", geometry, lhs.dimensions(), drhs->dimensions(),
                                 g.dimensions(), mode, &shape);
   if (error.failure()) return error;
-  return run<conv_bwd_weights>("sparse_conv_bwd_weights", pool, shape, mode, lhs, g, drhs);
+  return run<conv_bwd_weights>("sparse_conv_bwd_weights", pool, shape, mode, drhs, lhs, g);
 }
 
-auto binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<F32>()
-      .Arg<F32>()
-      .Ret<F32>()
-      .Attr<Geometry>("geometry")
-      .Attr<int64_t>("mode");
+ffi::Error conv_bwd_input_masked_handler(ffi::ThreadPool pool, F32 g, F32 rhs, F32 x, Result dlhs, Geometry geometry,
+                                         int64_t mode) {
+  constexpr const char* kOp = "sparse_conv_bwd_input_masked";
+  ConvShape shape;
+  ffi::Error error = make_shape(kOp, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
+  if (error.failure()) return error;
+  for (size_t i = 0; i < 4; ++i) {
+    if (x.dimensions()[i] == dlhs->dimensions()[i]) continue;
+    return ffi::Error::InvalidArgument(std::string(kOp) + ": x and the result differ in dimension " +
+                                       std::to_string(i) + ": " + std::to_string(x.dimensions()[i]) + " and " +
+                                       std::to_string(dlhs->dimensions()[i]));
+  }
+  return run<conv_bwd_input_masked>(kOp, pool, shape, mode, dlhs, g, rhs, x);
 }
 
-XLA_FFI_DEFINE_HANDLER(conv_fwd_v1, conv_fwd_handler, binding());
-XLA_FFI_DEFINE_HANDLER(conv_bwd_input_v1, conv_bwd_input_handler, binding());
-XLA_FFI_DEFINE_HANDLER(conv_bwd_weights_v1, conv_bwd_weights_handler, binding());
+// Everything after the operands.
+template <class Binding>
+auto finish(Binding binding) {
+  return std::move(binding).template Ret<F32>().template Attr<Geometry>("geometry").template Attr<int64_t>("mode");
+}
+auto two_operands() { return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>()); }
+auto three_operands() { return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>()); }
+
+XLA_FFI_DEFINE_HANDLER(conv_fwd_v1, conv_fwd_handler, two_operands());
+XLA_FFI_DEFINE_HANDLER(conv_bwd_input_v1, conv_bwd_input_handler, two_operands());
+XLA_FFI_DEFINE_HANDLER(conv_bwd_weights_v1, conv_bwd_weights_handler, two_operands());
+XLA_FFI_DEFINE_HANDLER(conv_bwd_input_masked_v1, conv_bwd_input_masked_handler, three_operands());
 
 }  // namespace
 
@@ -130,6 +143,7 @@ std::vector<std::pair<const char*, void*>> registrations() {
       {"sparsetrain_conv_fwd_v1", reinterpret_cast<void*>(conv_fwd_v1)},
       {"sparsetrain_conv_bwd_input_v1", reinterpret_cast<void*>(conv_bwd_input_v1)},
       {"sparsetrain_conv_bwd_weights_v1", reinterpret_cast<void*>(conv_bwd_weights_v1)},
+      {"sparsetrain_conv_bwd_input_masked_v1", reinterpret_cast<void*>(conv_bwd_input_masked_v1)},
   };
 }
 

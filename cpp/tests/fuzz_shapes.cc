@@ -1,4 +1,4 @@
-// Random shapes through the three operations, against a plain loop over the definition in conv.h, on every ISA of the
+// Random shapes through the four operations, against a plain loop over the definition in conv.h, on every ISA of the
 // machine. Small integers, so that every order of summation gives the same bits. Meant to be built with sanitizers:
 // .ci/sanitize does. Usage: fuzz_shapes [cases] [seed]
 #include <cstdio>
@@ -113,19 +113,26 @@ int main(int argc, char** argv) {
           drhs[b + ci * s.k + ki] += c.lhs[a + ci] * c.g[o + ki];
         }
     });
+    std::vector<float> masked = dlhs;
+    for (size_t j = 0; j < masked.size(); ++j) {
+      if (c.lhs[j] == 0) masked[j] = 0;
+    }
     const Mode mode = static_cast<Mode>(random() % 3);
     for (const std::string& isa : available_isas()) {
       set_isa(isa);
-      std::vector<float> got_out(out.size(), 77), got_dlhs(dlhs.size(), 77), got_drhs(drhs.size(), 77);
+      std::vector<float> got_out(out.size(), 77), got_dlhs(dlhs.size(), 77), got_drhs(drhs.size(), 77),
+          got_masked(dlhs.size(), 77);
       {
         FuzzExecutor executor(static_cast<int>(random() % 4) + 1);
         conv_fwd(s, mode, c.lhs.data(), c.rhs.data(), got_out.data(), executor);
         conv_bwd_input(s, mode, c.g.data(), c.rhs.data(), got_dlhs.data(), executor);
         conv_bwd_weights(s, mode, c.lhs.data(), c.g.data(), got_drhs.data(), executor);
+        conv_bwd_input_masked(s, mode, c.g.data(), c.rhs.data(), c.lhs.data(), got_masked.data(), executor);
       }
       const bool ok = same("conv_fwd", isa.c_str(), c, out, got_out) &
                       same("conv_bwd_input", isa.c_str(), c, dlhs, got_dlhs) &
-                      same("conv_bwd_weights", isa.c_str(), c, drhs, got_drhs);
+                      same("conv_bwd_weights", isa.c_str(), c, drhs, got_drhs) &
+                      same("conv_bwd_input_masked", isa.c_str(), c, masked, got_masked);
       ok ? ++passed : ++failed;
     }
     if (failed > 10) break;
