@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import mlir
 
 DropVar = core.DropVar
+jaxprs_in_params = core.jaxprs_in_params
 ShardingTypeError = core.ShardingTypeError
 
 __all__ = [
@@ -27,8 +29,10 @@ __all__ = [
     "auto_match",
     "is_captured",
     "is_single_device",
+    "jaxprs_in_params",
     "lower_plain",
     "needs_devices",
+    "plain_types",
     "standard_primitive",
     "trace",
     "within",
@@ -65,6 +69,11 @@ def is_captured(module: nnx.Module) -> bool:
     return hasattr(module, "__captures__") or not hasattr(nnx, "capture")
 
 
+def plain_types() -> AbstractContextManager[Any]:
+    """A context in which arrays have no explicit shardings."""
+    return mesh.use_abstract_mesh(mesh.empty_abstract_mesh)
+
+
 def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     """A lowering rule from ``function``, which sees its operands as plain arrays.
 
@@ -76,7 +85,7 @@ def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
         avals: Sequence[Any] = ctx.avals_in
         plain = [core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
-        with mesh.use_abstract_mesh(mesh.empty_abstract_mesh):
+        with plain_types():
             return rule(ctx.replace(avals_in=plain), *operands, **parameters)
 
     return lower

@@ -198,18 +198,21 @@ def _fold(arg: jax.Array, batch_dim: int, axis: int) -> jax.Array:
 # Lowering
 
 
-def _call_native(component: _Component, *operands: jax.Array, spec: ConvSpec) -> jax.Array:
-    """The custom call, for the shapes that one device sees."""
+def _call_native(
+    component: _Component, *operands: jax.Array, spec: ConvSpec, reduced: tuple[str, ...] = ()
+) -> jax.Array:
+    """The custom call, for the shapes that one device sees, summed over the mesh axes ``reduced``."""
     shape = component.result_shape(spec, [operand.shape for operand in operands])
     dtype = operands[0].dtype
     if any(isinstance(d, int) and d == 0 for d in (*shape, *(d for operand in operands for d in operand.shape))):
         return jnp.zeros(shape, dtype)  # nothing to add up, or nothing to write
     if component.target not in native.TARGETS:  # only the masked gradient may be missing
         g, rhs, x = operands
-        return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec))
+        return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec, reduced=reduced))
     # The one seam between narrow dtypes and the handlers, which compute in float32.
     wide = [operand.astype(jnp.float32) for operand in operands]
-    return _custom_call(component).bind(*wide, spec=spec).astype(dtype)
+    out = _custom_call(component).bind(*wide, spec=spec)
+    return (lax.psum(out, reduced) if reduced else out).astype(dtype)
 
 
 @functools.cache
@@ -255,9 +258,8 @@ def _partitioned(component: _Component) -> Any:
             return NamedSharding(mesh, PartitionSpec(*(chosen.get(letter) for letter in letters)))
 
         def local(*operands: jax.Array) -> jax.Array:
-            out = _call_native(component, *operands, spec=spec)
-            reduced = chosen.get(component.contracted)
-            return lax.psum(out, reduced) if reduced else out
+            with _compat.plain_types():
+                return _call_native(component, *operands, spec=spec, reduced=chosen.get(component.contracted, ()))
 
         return mesh, local, sharding(component.result), tuple(sharding(letters) for letters in component.operands)
 
