@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
@@ -77,6 +79,22 @@ const Machine& machine() {
 #endif
   };
   return machine;
+}
+
+double measure_peak(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kRounds = 20000;
+  const Kernels& k = kernels();
+  const double flops = 2.0 * kRounds * kFmaBurst * k.lanes;
+  std::vector<double> rates;
+  const auto begin = Clock::now();
+  do {
+    const auto start = Clock::now();
+    k.data.fma_burst(kRounds);
+    rates.push_back(flops / std::chrono::duration<double>(Clock::now() - start).count() / 1e9);
+  } while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds);
+  std::nth_element(rates.begin(), rates.begin() + static_cast<ptrdiff_t>(rates.size() / 2), rates.end());
+  return rates[rates.size() / 2];
 }
 
 void count(const char* path) {

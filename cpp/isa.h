@@ -21,6 +21,9 @@ void set_isa(const std::string& name);      // throws std::invalid_argument, nam
 const Kernels& kernels();                   // of the ISA in force
 const Machine& machine();
 
+// GF/s of one thread that does nothing but multiply-adds in registers: the median of short bursts over `seconds`.
+double measure_peak(double seconds);
+
 // How often each path ran, for tests and explain: "conv_fwd/sparse", ... FWD and BWI count tiles, BWW counts calls.
 // `path` must be one of the names in isa.cc.
 void count(const char* path);

@@ -12,6 +12,8 @@ constexpr int kMaxTaps = 5;     // taps of one sweep along x; wider kernels are 
 constexpr int kMaxVectors = 8;  // vectors of output features of one sweep
 constexpr int kMaxBlock = 64;   // input channels of one sweep: a bit each in a 64-bit mask
 
+constexpr int kFmaBurst = 12;  // enough to hide the latency, few enough for 16 registers
+
 // One sweep: a row of input pixels, one block of input channels, the taps of one filter row, one block of output
 // features. Pixel i contributes values[i*value_pitch + c] * filter[c][t][:] to output column first + i + taps-1-t.
 struct SweepArgs {
@@ -45,6 +47,9 @@ struct ScanArgs {
 };
 
 struct DataKernels {
+  // `rounds` times kFmaBurst independent multiply-adds of a vector, nothing else: the peak that figures are compared
+  // with.
+  void (*fma_burst)(int64_t rounds);
   void (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
   int64_t (*scan)(const ScanArgs&);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.
@@ -90,9 +95,9 @@ struct WeightsCopyArgs {
 // Lines that a later kernel will read: fetched into L2 bit by bit while this one computes.
 struct WeightsPrefetch {
   const float* const* pixels;
-  int64_t count;     // of pixels
-  int64_t offset;    // floats from a pixel to the first line
-  int64_t lines;     // of 16 floats
+  int64_t count;   // of pixels
+  int64_t offset;  // floats from a pixel to the first line
+  int64_t lines;   // of 16 floats
 };
 
 // Where the sums of a walk or tile live between pixel blocks, and where they go after the last one.

@@ -182,6 +182,21 @@ void transpose(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_
   }
 }
 
+template <class Isa>
+void fma_burst(int64_t rounds) {
+  const float values[2] = {0.999f, 1e-3f};
+  typename Isa::Vec sums[kFmaBurst];
+  const typename Isa::Vec a = Isa::broadcast(values), b = Isa::broadcast(values + 1);
+  unroll<kFmaBurst>([&](auto i) ST_LAMBDA { sums[i] = b; });
+  for (int64_t r = 0; r < rounds; ++r) {
+    unroll<kFmaBurst>([&](auto i) ST_LAMBDA { sums[i] = Isa::fma(sums[i], a, b); });
+  }
+  typename Isa::Vec total = Isa::zero();
+  unroll<kFmaBurst>([&](auto i) ST_LAMBDA { total = Isa::add(total, sums[i]); });
+  volatile float sink = Isa::sum(total);
+  (void)sink;
+}
+
 // A sweep needs its window, the filter vector and two broadcasts in registers.
 // Seven vectors would save little over six or eight and cost compile time.
 template <class Isa, int kTaps, int kVectors>
@@ -205,6 +220,7 @@ template <class Isa>
 DataKernels data_kernels() {
   DataKernels table{};
   offer_sweep<Isa, 1, 1>(table);
+  table.fma_burst = &fma_burst<Isa>;
   table.scan = &scan<Isa>;
   table.transpose = &transpose<Isa>;
   return table;

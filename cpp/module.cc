@@ -65,6 +65,7 @@ NB_MODULE(_native, m) {
     const auto pairs = counters();
     return std::map<std::string, int64_t>(pairs.begin(), pairs.end());
   });
+  m.def("measure_peak", &measure_peak, nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>());
   m.def("reset_counters", &reset_counters);
   m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"));
 }
