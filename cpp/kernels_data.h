@@ -184,10 +184,16 @@ void transpose(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_
 
 template <class Isa>
 void fma_burst(int64_t rounds) {
-  const float values[2] = {0.999f, 1e-3f};
+  // Different starts, which the compiler cannot see: equal sums would be computed once.
+  float starts[kFmaBurst + 2];
+  for (int i = 0; i < kFmaBurst; ++i) starts[i] = static_cast<float>(rounds % (i + 2));
+  starts[kFmaBurst] = 0.999f;
+  starts[kFmaBurst + 1] = 1e-3f;
+  const float* start = starts;
+  asm("" : "+r"(start) : : "memory");
   typename Isa::Vec sums[kFmaBurst];
-  const typename Isa::Vec a = Isa::broadcast(values), b = Isa::broadcast(values + 1);
-  unroll<kFmaBurst>([&](auto i) ST_LAMBDA { sums[i] = b; });
+  const typename Isa::Vec a = Isa::broadcast(start + kFmaBurst), b = Isa::broadcast(start + kFmaBurst + 1);
+  unroll<kFmaBurst>([&](auto i) ST_LAMBDA { sums[i] = Isa::broadcast(start + i); });
   for (int64_t r = 0; r < rounds; ++r) {
     unroll<kFmaBurst>([&](auto i) ST_LAMBDA { sums[i] = Isa::fma(sums[i], a, b); });
   }
