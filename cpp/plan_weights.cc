@@ -325,6 +325,14 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
               std::to_string(group.vectors * plan.lanes);
   }
   add("tap_groups", groups);
+  // The density of the checked operand at which walks and tiles cost the same; costs are linear in it.
+  const auto sparse_cost = [&](double density) {
+    return plan_weights(shape, Mode::kSparse, plan.lhs_checked ? Densities{density, 1} : Densities{1, density}, machine)
+        .sparse_cost;
+  };
+  const double empty = sparse_cost(0), full = sparse_cost(1);
+  const double break_even = full > empty ? (plan.dense_cost - empty) / (full - empty) : 1;
+  add("break_even_density", number(std::clamp(break_even, 0.0, 1.0)));
   add("sparse_cost", number(plan.sparse_cost));
   add("dense_cost", number(plan.dense_cost));
   return lines;

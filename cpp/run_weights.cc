@@ -268,9 +268,14 @@ class WeightsRun {
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(plan_, cls, index);
       const bool last = index + 1 == end;
-      if (plan_.sparse) pack(item, scratch);
+      const bool any = !plan_.sparse || pack(item, scratch) != 0;
       scratch.checked[1].count = 0;
       if (!last) point_at_checked(cls, index + 1, item, scratch, scratch.checked[1]);
+      if (!any && index != begin && !(direct() && last)) {  // nothing to add, nothing to start or to store
+        if (!last) point_at_dense(cls, cls.groups[0], index + 1, scratch, scratch.dense[0]);
+        std::swap(scratch.checked[0], scratch.checked[1]);
+        continue;
+      }
       int64_t offset = 0, step = 0;
       int grouped = 0;
       for (size_t i = 0; i < cls.groups.size(); ++i) {
@@ -284,7 +289,8 @@ class WeightsRun {
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
           const int width = vectors * plan_.lanes;
           const int64_t feature = item.feature + first;
-          table_.copy({scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
+          if (any)
+            table_.copy({scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
           const WeightsPanel panel =
               panel_of(group, item, first, features, scratch.panel + sums, index == begin, direct() && last);
           const bool more = first + features < item.features;
@@ -384,10 +390,11 @@ class WeightsRun {
     }
   }
 
-  void pack(const Item& item, const ItemScratch& scratch) const {
+  // Returns the number of non-zeros.
+  int64_t pack(const Item& item, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
-    table_.pack({table.pixels, static_cast<int>(round_up(table.count, 64)), static_cast<int>(item.channels),
-                 scratch.values, line_, scratch.masks});
+    return table_.pack({table.pixels, static_cast<int>(round_up(table.count, 64)), static_cast<int>(item.channels),
+                        scratch.values, line_, scratch.masks});
   }
 
   // Where drhs has tap 0 of a group, for a channel of the checked and a feature of the dense operand.
