@@ -51,6 +51,7 @@ struct DataKernels {
   // with.
   void (*fma_burst)(int64_t rounds);
   void (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
+  void (*stream_fence)();  // after sweeps that streamed, before another thread may read
   int64_t (*scan)(const ScanArgs&);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.
   void (*transpose)(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);

@@ -129,7 +129,6 @@ struct Sweep {
         sums[p][v] = sums[p + 2][v];
       });
     }
-    if (a.stream) Isa::stream_fence();
   }
 };
 
@@ -227,6 +226,7 @@ DataKernels data_kernels() {
   DataKernels table{};
   offer_sweep<Isa, 1, 1>(table);
   table.fma_burst = &fma_burst<Isa>;
+  table.stream_fence = &Isa::stream_fence;
   table.scan = &scan<Isa>;
   table.transpose = &transpose<Isa>;
   return table;

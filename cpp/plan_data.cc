@@ -126,7 +126,9 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
   // Partial sums of a tile and one feature block: a fifth of L2; tiles from a quarter of that are worth their filter
   // traffic, and there should be enough for the threads of any machine.
   constexpr int64_t kTiles = 16;
-  const int64_t most = std::max<int64_t>(16, machine.l2_bytes / 5 / (4 * features)),
+  // Without a copy, every feature block reads the tile's input itself again: it should stay in L2.
+  const int64_t input_limit = plan->copy ? INT64_MAX : machine.l2_bytes / 2 / (4 * plan->channels);
+  const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
                 worth = std::max<int64_t>(16, most / 4);
   const int64_t step = plan->classes.front().step;
   const int64_t all_rows = plan->images * plan->out_rows;
@@ -189,8 +191,8 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   }
   const int taps = widest_strand(plan);
   choose_vectors(machine, kernels, taps, &plan);
-  choose_blocks(machine, kernels, taps, &plan);
   plan.copy = shape.r * shape.s > 1;
+  choose_blocks(machine, kernels, taps, &plan);
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   plan.stream = plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   plan.dense_density = 0.97f;

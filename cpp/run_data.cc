@@ -31,48 +31,55 @@ class PackedKernel {
            ((plan_.blocks - 1) * plan_.vectors + plan_.last_vectors);
   }
 
-  // Offset of the filter blocks of (feature block, class, channel block); [kernel row][strand] follow.
-  size_t offset(int64_t block, size_t cls, int64_t channel_block) const {
-    int64_t class_taps = 0;
-    for (const Strand& s : plan_.classes[cls].strands) class_taps += s.taps;
-    const int64_t features = vectors(block) * lanes_;
-    return static_cast<size_t>(
-        block * floats_per_feature_ * plan_.vectors * lanes_ +
-        (taps_before_[cls] * padded_channels() + channel_block * plan_.channel_block * class_taps) * plan_.kernel_rows *
-            features);
+  // Floats of the filter blocks of one kernel row: all strands of a class.
+  int64_t row_floats(int64_t block, size_t cls) const {
+    int64_t taps = 0;
+    for (const Strand& s : plan_.classes[cls].strands) taps += s.taps;
+    return taps * plan_.channel_block * vectors(block) * lanes_;
   }
 
-  void pack(const Kernels& kernels, const float* rhs, int64_t block, int64_t channel_block, float* packed) const {
+  size_t offset(int64_t block, size_t cls, int64_t channel_block, int64_t r) const {
+    const int64_t features = vectors(block) * lanes_;
+    return static_cast<size_t>(block * floats_per_feature_ * plan_.vectors * lanes_ +
+                               taps_before_[cls] * padded_channels() * plan_.kernel_rows * features +
+                               (channel_block * plan_.kernel_rows + r) * row_floats(block, cls));
+  }
+
+  // The filter blocks of one kernel row.
+  void pack_row(const Kernels& kernels, const float* rhs, int64_t block, size_t cls, int64_t channel_block, int64_t r,
+                float* dst) const {
     const int64_t features = vectors(block) * lanes_, f0 = block * plan_.vectors * lanes_;
-    const int64_t valid = std::min(features, plan_.features - f0);
+    const int64_t valid = std::min(features, plan_.features - f0), whole = (valid + lanes_ - 1) / lanes_ * lanes_;
     const int64_t c0 = channel_block * plan_.channel_block;
     const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - c0);
-    for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
-      float* dst = packed + offset(block, cls, channel_block);
-      for (int64_t r = 0; r < plan_.kernel_rows; ++r) {
-        for (const Strand& strand : plan_.classes[cls].strands) {
-          const int64_t pitch = strand.taps * features;
-          for (int t = 0; t < strand.taps; ++t) {
-            const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
-            if (plan_.op == DataOp::kFwd) {
-              const float* src = rhs + (tap * plan_.channels + c0) * plan_.features + f0;
-              for (int64_t c = 0; c < channels; ++c) {
-                float* to = dst + c * pitch + t * features;
-                std::memcpy(to, src + c * plan_.features, valid * sizeof(float));
-                std::fill(to + valid, to + features, 0.0f);
-              }
-            } else {
-              const float* src = rhs + (tap * plan_.features + f0) * plan_.channels + c0;
-              const int64_t whole = (valid + lanes_ - 1) / lanes_ * lanes_;
-              kernels.data.transpose(src, plan_.channels, dst + t * features, pitch, static_cast<int>(valid),
-                                     static_cast<int>(channels));
-              for (int64_t c = 0; c < channels && whole < features; ++c) {
-                std::fill(dst + c * pitch + t * features + whole, dst + c * pitch + (t + 1) * features, 0.0f);
-              }
-            }
+    for (const Strand& strand : plan_.classes[cls].strands) {
+      const int64_t pitch = strand.taps * features;
+      for (int t = 0; t < strand.taps; ++t) {
+        const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
+        float* to = dst + t * features;
+        if (plan_.op == DataOp::kFwd) {
+          const float* src = rhs + (tap * plan_.channels + c0) * plan_.features + f0;
+          for (int64_t c = 0; c < channels; ++c) {
+            std::memcpy(to + c * pitch, src + c * plan_.features, valid * sizeof(float));
+            std::fill(to + c * pitch + valid, to + c * pitch + features, 0.0f);
           }
-          dst += plan_.channel_block * pitch;
+        } else {
+          const float* src = rhs + (tap * plan_.features + f0) * plan_.channels + c0;
+          kernels.data.transpose(src, plan_.channels, to, pitch, static_cast<int>(valid), static_cast<int>(channels));
+          for (int64_t c = 0; c < channels && whole < features; ++c) {
+            std::fill(to + c * pitch + whole, to + c * pitch + features, 0.0f);
+          }
         }
+      }
+      dst += plan_.channel_block * pitch;
+    }
+  }
+
+  // The filter blocks of all classes and kernel rows.
+  void pack(const Kernels& kernels, const float* rhs, int64_t block, int64_t channel_block, float* packed) const {
+    for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
+      for (int64_t r = 0; r < plan_.kernel_rows; ++r) {
+        pack_row(kernels, rhs, block, cls, channel_block, r, packed + offset(block, cls, channel_block, r));
       }
     }
   }
@@ -245,14 +252,15 @@ struct Call {
   const PackedKernel& layout;
   Mode mode;
   const float* input;
-  const float* packed;
+  const float* rhs;
+  const float* packed;  // null: few tiles, each packs what it needs, one kernel row at a time
   float* result;
   bool stream;
 };
 
 // Sums one feature block of one class of columns over all channels and taps.
 void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, Range rows, Range columns, size_t cls,
-                 int64_t block, float* sums) {
+                 int64_t block, float* sums, float* row_filter) {
   const DataPlan& plan = call.plan;
   const ColumnClass& column_class = plan.classes[cls];
   const Range u{columns.begin / column_class.step, std::min(column_class.columns, columns.end / column_class.step)};
@@ -294,8 +302,13 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
 
   const int64_t channel_blocks = plan.channel_blocks();
   for (int64_t cb = 0; cb < channel_blocks; ++cb) {
-    const float* filter = call.packed + call.layout.offset(block, cls, cb);
     for (int64_t r = 0; r < plan.kernel_rows; ++r) {
+      const float* filter = row_filter;
+      if (call.packed != nullptr) {
+        filter = call.packed + call.layout.offset(block, cls, cb, r);
+      } else {
+        call.layout.pack_row(call.kernels, call.rhs, block, cls, cb, r, row_filter);
+      }
       for (size_t i = 0; i < column_class.strands.size(); ++i) {
         const Strand& strand = column_class.strands[i];
         args.filter = filter;
@@ -327,10 +340,15 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
   const DataPlan& plan = call.plan;
   TileInput input(plan, call.input, rows, columns);
   const int64_t sums = rows.size() * columns.size() * plan.vectors * call.kernels.lanes;
+  int64_t row_floats = 0;
+  for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
+    row_floats = std::max(row_floats, call.layout.row_floats(0, cls));
+  }
   Scratch& scratch = Scratch::local();
-  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums));
+  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums) + Scratch::size<float>(row_floats));
   input.take(scratch);
   float* tile = scratch.take<float>(sums);
+  float* row_filter = scratch.take<float>(row_floats);
   // A dense tile needs its input scanned only for the copy, so a sample goes first.
   constexpr int64_t kSampleStep = 16;
   const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || plan.copy ||
@@ -346,9 +364,10 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
   }
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile);
+      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, row_filter);
     }
   }
+  if (call.stream) call.kernels.data.stream_fence();
 }
 
 void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input, const float* rhs, float* result,
@@ -356,18 +375,20 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
   const Kernels& k = kernels();
   const DataPlan plan = plan_data(op, shape, machine(), k);
   const PackedKernel layout(plan, k.lanes);
-  SharedBuffer packed(layout.floats() * sizeof(float));
-  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0;
-  const Call call{plan, k, layout, mode, input, packed.as<float>(), result, plan.stream && aligned};
-
   const int64_t channel_blocks = plan.channel_blocks();
   const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
+  const bool packs_ahead = tiles > 2;
+  SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
+  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0;
+  const Call call{
+      plan, k, layout, mode, input, rhs, packs_ahead ? packed.as<float>() : nullptr, result, plan.stream && aligned};
+
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
   const int64_t groups =
       std::clamp<int64_t>(tiles == 0 ? 1 : (3 * executor.concurrency() + tiles - 1) / tiles, 1, plan.blocks);
   run_phases(executor,
              {
-                 {plan.blocks * channel_blocks,
+                 {packs_ahead ? plan.blocks * channel_blocks : 0,
                   [&](int64_t i) { layout.pack(k, rhs, i / channel_blocks, i % channel_blocks, packed.as<float>()); }},
                  {tiles * groups,
                   [&](int64_t i) {
