@@ -225,7 +225,7 @@ def eqn_facts(eqn: Any, facts: Sequence[Facts]) -> list[Facts]:
         known = [result] if isinstance(result, Facts) else result
     else:
         # Whatever has no operand with a gradient has none itself, unless something else flows in through a jaxpr.
-        fixed = all(f.fixed for f in facts) and not core.jaxprs_in_params(eqn.params)
+        fixed = all(f.fixed for f in facts) and not _compat.jaxprs_in_params(eqn.params)
         known = [
             fixed_facts(v.aval) if isinstance(v.aval, jax.core.ShapedArray) and fixed else NOTHING for v in eqn.outvars
         ]

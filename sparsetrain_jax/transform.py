@@ -272,6 +272,27 @@ class _Kernel:
         return lax.transpose(out, self.axes[2])
 
 
+#: Primitives that are ours already: layers of ``fn`` may be ``SparseConv``.
+_FWD, _BWD_WEIGHTS = "sparse_conv_fwd", "sparse_conv_bwd_weights"
+
+
+def _forward(eqn: Any) -> _Call:
+    """The convolution that an equation is, one of JAX's or one of ours."""
+    lhs, rhs = (v.aval for v in eqn.invars)
+    if eqn.primitive is lax.conv_general_dilated_p:
+        return _plan(lhs, rhs, "auto", **_arguments(eqn.params))
+    spec = eqn.params["spec"]
+    arguments = _arguments({"feature_group_count": 1, "batch_group_count": 1, "precision": spec.precision})
+    arguments |= {"window_strides": spec.strides, "padding": spec.padding, "dimension_numbers": _channels_last(4)}
+    return _plan(lhs, rhs, spec.mode, **arguments)
+
+
+def _kernel_axes(eqn: Any) -> tuple[int, ...]:
+    """The spatial dimensions of a convolution's second operand."""
+    numbers = eqn.params.get("dimension_numbers")
+    return (0, 1) if numbers is None else tuple(numbers[1][2:])
+
+
 def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
@@ -452,7 +473,7 @@ def _takes_gradients(jaxpr: Any) -> bool:
         memo["takes gradients"] = any(
             (kernel := _as_gradient(eqn, False)) is not None and kernel.component == "bwd_weights"
             if eqn.primitive is lax.conv_general_dilated_p
-            else any(map(_takes_gradients, core.jaxprs_in_params(eqn.params)))
+            else eqn.primitive.name == _BWD_WEIGHTS or any(map(_takes_gradients, _compat.jaxprs_in_params(eqn.params)))
             for eqn in jaxpr.eqns
         )
     return memo["takes gradients"]
@@ -524,7 +545,7 @@ class _Walk:
         for eqn in inner.eqns:
             operands = [known_of(atom) for atom in eqn.invars]
             enter = _ENTERED.get(eqn.primitive.name)
-            if eqn.primitive is lax.conv_general_dilated_p:
+            if eqn.primitive is lax.conv_general_dilated_p or eqn.primitive.name == _FWD:
                 new, report = self._convolution(eqn, operands, reverse, flips)
                 results = self.made_by(eqn, operands, [facts.of_type(eqn.outvars[0].aval)])
             elif enter is not None:
@@ -555,18 +576,18 @@ class _Walk:
     ) -> tuple[list[Any], list[ConvReport]]:
         """What takes the place of a convolution: new equations, or the old one; and a report."""
         invars = list(eqn.invars)
-        flip = flips.get(invars[1]) if not isinstance(invars[1], core.Literal) else None
-        if flip is not None and set(flip.params["dimensions"]) != set(eqn.params["dimension_numbers"].rhs_spec[2:]):
+        relu_input = operands[0].qualifies and not operands[0].fixed and reverse and not self.grad_inside
+        flip = None if relu_input or isinstance(invars[1], core.Literal) else flips.get(invars[1])
+        if flip is not None and set(flip.params["dimensions"]) != set(_kernel_axes(eqn)):
             flip = None
-        kernel = _as_gradient(eqn, flipped=flip is not None)
+        ours = eqn.primitive.name == _FWD
+        kernel = None if ours else _as_gradient(eqn, flipped=flip is not None)
         if kernel is None:
-            qualifies = operands[0].qualifies and not operands[0].fixed
-            call = _plan(*(v.aval for v in invars), "auto", **_arguments(eqn.params))
-            kernel = _Kernel("fwd", call, qualifies and reverse and not self.grad_inside)
+            kernel = _Kernel("fwd", _forward(eqn), relu_input)
         elif kernel.component == "bwd_input" and flip is not None:
             invars[1] = flip.invars[0]
-        new = None
-        if kernel.call.route is not None:
+        new = [eqn] if ours and not relu_input else None
+        if kernel.call.route is not None and new is None:
             closed = _jaxpr_of(kernel, tuple(v.aval for v in invars), eqn.ctx)
             new = _inlined(closed, invars, eqn)
         if not self.explain:
@@ -584,6 +605,10 @@ class _Walk:
             paths = {kernel.component: paths[kernel.component]}
         if self.grad_inside:
             proof = "fn takes a gradient itself, relu_input needs sparsify inside: jax.grad(st.sparsify(loss))"
+        elif not replaced:
+            proof = "computed by jax.lax"
+        elif kernel.component != "fwd":
+            proof = "a transposed convolution, or the gradient of one: relu_input is for convolutions"
         elif not reverse:
             proof = "in a loop that only forward mode differentiates, or in a function with a rule of its own"
         else:
@@ -602,7 +627,7 @@ class _Walk:
     def _not_entered(self, eqn: Any) -> Iterator[ConvReport]:
         """Reports on convolutions that are left alone, inside primitives that ``sparsify`` does not know."""
         reason = f"inside {eqn.primitive.name}, which sparsify leaves alone"
-        for jaxpr in core.jaxprs_in_params(eqn.params):
+        for jaxpr in _compat.jaxprs_in_params(eqn.params):
             for inner in jaxpr.eqns:
                 if inner.primitive is lax.conv_general_dilated_p:
                     component = Component("lax", reason, {})
