@@ -520,13 +520,15 @@ class _Counters:
 
         self._native = native
 
-    def path_of(self, run: Callable[[], Any]) -> str:
+    def path_of(self, run: Callable[[], Any], targets: Sequence[str]) -> str:
         self._native.reset_counters()
         run()
+        operations = {re.sub(r"^sparsetrain_|_v\d+$", "", target) for target in targets}
         by_path: dict[str, int] = {}
         for name, count in self._native.counters().items():
-            path = name.rsplit("/", 1)[-1]
-            by_path[path] = by_path.get(path, 0) + count
+            operation, path = name.rsplit("/", 1)
+            if operation in operations:
+                by_path[path] = by_path.get(path, 0) + count
         total = sum(by_path.values())
         if not total:
             return "lax"
@@ -592,7 +594,7 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
                 program = compiled_for(case, XLA)
                 entries[XLA] = jax_competitor(program, xla_kind(program.text), on_device)
             error = _check(case, entries, arrays, compiled_for(case, XLA)) if options.check else None
-            path = counters.path_of(entries[OURS].run)
+            path = counters.path_of(entries[OURS].run, targets)
             times = interleave({name: entry.run for name, entry in entries.items()}, options.budget)
             records.append(_record(case, options, st.isa(), entries, times, path, error))
             progress.advance(task)
