@@ -574,7 +574,7 @@ def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) 
     plan = native.plan(name, dims, spec.geometry)
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
-    limit = float(plan["dense_density"])
+    limit = float(plan.get("dense_density", plan.get("break_even_density", 1.0)))  # BWW's own name for it
     skipped = {"fwd": "lhs", "bwd_input": "the gradient of the output", "bwd_weights": "the cheaper operand"}[name]
     rule = f"each call measures the non-zeros of {skipped}: sparse below a density of {limit:.2f}, dense from there on"
     if density is None:
