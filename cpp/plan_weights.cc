@@ -223,7 +223,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
   plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
   const int64_t panel = machine.caches.l2_bytes * 4;
   plan.feature_block = round_up(plan.features, width);
-  if (blocks > 1) {
+  if (blocks > 1 || !plan.lhs_checked) {  // else the first block's sums go straight to drhs
     const int64_t most =
         std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
     plan.feature_block = round_up(balanced(plan.features, most), width);

@@ -10,11 +10,16 @@
 // checked pixel u and tap j with pixel u + j + offset of a sub-image of the dense operand.
 //
 // Blocking, from outside in, in the order of the loops in run_weights.cc:
-//   item           a channel block x feature block of drhs (x a chunk of the pixels, where channels and features are
-//   too
-//                  few to feed several threads): the unit of work of a thread
+//   item           a channel block x feature block of drhs x a chunk of the pixels: the unit of work of a thread.
+//   Chunks
+//                  come first, where pixels are many for the size of drhs, because they repeat no packing or copying;
+//                  their sums are added in order, and their number depends on the shape alone
 //   pixel block    images x rows x columns of a class: packed once per item; sums wait in a panel between blocks
 //   group, step    taps x vectors of features in registers: the dense block of a step stays in L1
+//
+// Scratch: per thread a panel of at most 4 L2 (it streams), a packed block of about a third of L2 and a dense block of
+// less than L1; per call the sums of all chunks, at most 4 L2. (A kernel or image row that is itself larger than these
+// may exceed them.)
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Isa for any machine: 4 lanes through the compiler's vector extension. Also the definition of what every Isa offers.
 //
-//   load, store       any alignment            load_n, store_n   the first n < kLanes lanes; the rest reads as zero,
+//   load, store       any alignment            load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
 //   stream            aligned, may by-pass                       is not written, and is never touched in memory
 //   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage
