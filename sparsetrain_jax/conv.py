@@ -571,12 +571,20 @@ def explain_call(lhs: Any, rhs: Any, call: _Call, density: float | None = None) 
 def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     if 0 in (*dims, *spec.output_size):
         return Component("dense", "an empty array: the result is zeros", {})
-    plan = native.plan(name, dims, spec.geometry)
+    n, _, _, c, k, r, s = dims
+    p, q = spec.output_size
+    work = 2e-9 * n * p * q * c * k * r * s
+    plan = {"dense_gflop": work, **native.plan(name, dims, spec.geometry)}
+    if density is not None:
+        plan = {"expected_gflop": density * work, **plan}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
     limit = float(plan.get("dense_density", plan.get("break_even_density", 1.0)))  # BWW's own name for it
     skipped = {"fwd": "lhs", "bwd_input": "the gradient of the output", "bwd_weights": "the cheaper operand"}[name]
-    rule = f"each call measures the non-zeros of {skipped}: sparse below a density of {limit:.2f}, dense from there on"
+    rule = (
+        f"each call measures the zeros of {skipped} and runs sparse above a sparsity of {1 - limit:.2f} "
+        f"(density {limit:.2f}), dense below"
+    )
     if density is None:
         return Component("sparse" if limit > 0 else "dense", rule, plan)
-    return Component("sparse" if density < limit else "dense", f"density {density:.2f}; {rule}", plan)
+    return Component("sparse" if density < limit else "dense", f"density {density:.2f}: {rule}", plan)

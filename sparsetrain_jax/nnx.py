@@ -64,12 +64,12 @@ class SparseConv(nnx.Conv):
         )
         self.sow_sparsity = sow_sparsity
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Convolve ``inputs``, ``(*batch, *spatial, in_features)``; see ``nnx.Conv``."""
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Convolve ``inputs``, ``(*batch, *spatial, in_features)``; see ``nnx.Conv`` for further arguments."""
         if not (self.sow_sparsity and _compat.is_captured(self)):
-            return super().__call__(inputs, out_sharding)
+            return super().__call__(inputs, *args, **kwargs)
         self.sow(nnx.Intermediate, "input_sparsity", sparsity(inputs))
-        outputs = super().__call__(inputs, out_sharding)
+        outputs = super().__call__(inputs, *args, **kwargs)
         return tap_gradient(outputs, self.perturb("output_gradient_sparsity", jnp.zeros(())))
 
     @property
