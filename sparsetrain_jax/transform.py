@@ -299,8 +299,10 @@ def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _arguments(params: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """The arguments of ``jax.lax.conv_general_dilated`` in an equation's parameters."""
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
-    names += ("batch_group_count", "precision", "preferred_element_type", "out_sharding")
+    names = (
+        *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count"),
+        *("batch_group_count", "precision", "preferred_element_type", "out_sharding"),
+    )
     return {**{name: params.get(name) for name in names}, **changes}
 
 
@@ -545,6 +547,7 @@ class _Walk:
         for eqn in inner.eqns:
             operands = [known_of(atom) for atom in eqn.invars]
             enter = _ENTERED.get(eqn.primitive.name)
+            report: Sequence[ConvReport] = ()
             if eqn.primitive is lax.conv_general_dilated_p or eqn.primitive.name == _FWD:
                 new, report = self._convolution(eqn, operands, reverse, flips)
                 results = self.made_by(eqn, operands, [facts.of_type(eqn.outvars[0].aval)])
@@ -558,7 +561,9 @@ class _Walk:
                 if eqn.primitive is lax.rev_p:
                     flips[eqn.outvars[0]] = eqn
                 results = self.made_by(eqn, operands, facts.eqn_facts(eqn, operands))
-                new, report = [eqn], tuple(self._not_entered(eqn)) if self.explain else ()
+                new = [eqn]
+                if self.explain:
+                    report = tuple(self._not_entered(eqn))
             eqns += new
             reports += report
             env.update(zip(eqn.outvars, results, strict=True))
@@ -679,11 +684,10 @@ class _Walk:
     def _while(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
         """A loop that only forward mode differentiates: nothing is proven in it, and nothing of its results."""
         params = eqn.params
-        changes, reports, walks = {}, (), []
-        for name in ("cond_jaxpr", "body_jaxpr"):
-            walked = self.enter(params[name], [facts.of_type(v) for v in params[name].in_avals], False)
-            changes[name], reports = walked.jaxpr or params[name], reports + walked.reports
-            walks.append(walked)
+        names = ("cond_jaxpr", "body_jaxpr")
+        walks = [self.enter(params[n], [facts.of_type(v) for v in params[n].in_avals], False) for n in names]
+        changes = {n: w.jaxpr or params[n] for n, w in zip(names, walks, strict=True)}
+        reports = tuple(r for w in walks for r in w.reports)
         return _with(eqn, walks, **changes), self._opaque(eqn, operands), reports
 
     def _custom_jvp(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
