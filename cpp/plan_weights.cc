@@ -87,7 +87,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, int64_
                 const WeightsMachine& machine, std::vector<TapGroup>& groups) {
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
-    const int vectors = features > 2 * lanes && rows.taps * columns.taps == 1 ? 4 : features > lanes ? 2 : 1;
+    const int vectors = features > 2 * lanes ? 4 : features > lanes ? 2 : 1;
     groups.push_back({rows, columns, vectors});
     return;
   }
@@ -118,7 +118,10 @@ void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelC
     bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
     halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
   }
-  const int64_t budget = std::max<int64_t>(64, machine.caches.l1_bytes * 7 / 10 / bytes);  // positions
+  // Positions of the dense block. Walks jump about in it: in L1. Tiles with several taps sweep it in order, from L2 as
+  // well, and gain from small halos.
+  const int64_t share = machine.caches.l1_bytes * (plan.sparse || halo_rows == 0 ? 7 : 14) / 10;
+  const int64_t budget = std::max<int64_t>(64, share / bytes);
   const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
   cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
   cls.positions = 0;
