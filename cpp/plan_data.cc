@@ -203,6 +203,9 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
 std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) {
   std::vector<std::pair<std::string, std::string>> out;
   const auto add = [&out](const char* key, auto value) { out.emplace_back(key, std::to_string(value)); };
+  if (plan.op == DataOp::kBwdInput && plan.features < 8 && plan.kernel_rows * plan.kernel_columns > 1) {
+    out.emplace_back("lax", "few input features leave most lanes of a vector idle");
+  }
   size_t strands = 0;
   for (const ColumnClass& c : plan.classes) strands += c.strands.size();
   add("folded", plan.fold > 0);

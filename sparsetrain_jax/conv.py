@@ -579,6 +579,8 @@ def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) 
         plan = {"expected_gflop": density * work, **plan}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
+    if "lax" in plan:
+        return Component("lax", str(plan.pop("lax")), plan)
     limit = float(plan.get("dense_density", plan.get("break_even_density", 1.0)))  # BWW's own name for it
     skipped = {"fwd": "lhs", "bwd_input": "the gradient of the output", "bwd_weights": "the cheaper operand"}[name]
     rule = (

@@ -209,10 +209,22 @@ def _call_native(
     if component.target not in native.TARGETS:  # only the masked gradient may be missing
         g, rhs, x = operands
         return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec, reduced=reduced))
+    if _lax_reason(component, spec, [operand.shape for operand in operands]):
+        out = component.reference(*operands, spec=spec)
+        return lax.psum(out, reduced) if reduced else out
     # The one seam between narrow dtypes and the handlers, which compute in float32.
     wide = [operand.astype(jnp.float32) for operand in operands]
     out = _custom_call(component).bind(*wide, spec=spec)
     return (lax.psum(out, reduced) if reduced else out).astype(dtype)
+
+
+def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> str:
+    """Why ``auto`` leaves this shape to ``jax.lax``; empty if it does not."""
+    if spec.mode != "auto" or component not in (_FWD, _BWD_INPUT, _BWD_WEIGHTS):
+        return ""
+    sizes = {**component.sizes(spec, shapes), "N": 1}  # which may be symbolic, and does not matter
+    plan = native.plan(component.name.removeprefix("sparse_conv_"), [sizes[d] for d in "NHWCKRS"], spec.geometry)
+    return str(plan.get("lax", ""))
 
 
 @functools.cache
