@@ -36,9 +36,10 @@ class SparseConv(nn.Conv):
     sow_sparsity: bool = False
 
     def __post_init__(self) -> None:
-        # Set as linen's own hook, which it reads in __call__. A clone() hands us our earlier hook: replace it.
-        if self.conv_general_dilated is None and isinstance(self.conv_general_dilated_cls, _HookFactory | None):
-            object.__setattr__(self, "conv_general_dilated_cls", _HookFactory(self.relu_input, self.mode))
+        # Set as linen's own hook, which it reads in __call__. A clone() hands us our earlier hook: replace or drop it.
+        if isinstance(self.conv_general_dilated_cls, _HookFactory | None):
+            ours = _HookFactory(self.relu_input, self.mode) if self.conv_general_dilated is None else None
+            object.__setattr__(self, "conv_general_dilated_cls", ours)
         super().__post_init__()
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -187,15 +187,19 @@ def test_a_hook_that_the_user_supplies_wins() -> None:
 
     x = inputs(1, 5, 5, 4)
     for arguments in ({"conv_general_dilated": hook}, {"conv_general_dilated_cls": lambda: hook}):
-        calls.clear()
-        st.SparseConv(6, (3, 3), relu_input=True, **arguments).init(jax.random.key(0), x)
-        assert calls == ["hook"]
+        for layer in (
+            st.SparseConv(6, (3, 3), relu_input=True, **arguments),
+            st.SparseConv(6, (3, 3), relu_input=True).clone(**arguments),
+        ):
+            calls.clear()
+            layer.init(jax.random.key(0), x)
+            assert calls == ["hook"]
     calls.clear()
-    layer = st.nnx.SparseConv(4, 6, (3, 3), conv_general_dilated=hook, rngs=nnx.Rngs(0))
-    layer(x)
+    module = st.nnx.SparseConv(4, 6, (3, 3), conv_general_dilated=hook, rngs=nnx.Rngs(0))
+    module(x)
     assert calls == ["hook"]
-    st.nnx.sparsify(layer)
-    layer(x)
+    st.nnx.sparsify(module)
+    module(x)
     assert calls == ["hook", "hook"]
 
 
