@@ -7,8 +7,8 @@
 #define ST_LAMBDA __attribute__((always_inline))
 #define ST_NOINLINE __attribute__((noinline))
 
-// unroll<N>(f) calls f(0), ..., f(N-1) with the index as a compile-time constant: it is what keeps an accumulator array in
-// registers. (Pragmas would do, but gcc 12 hands an inner loop's unrolling on to the loops around it.)
+// unroll<N>(f) calls f(0), ..., f(N-1) with the index as a compile-time constant: it is what keeps an accumulator array
+// in registers. (Pragmas would do, but gcc 12 hands an inner loop's unrolling on to the loops around it.)
 #if defined(__clang__)
 #define ST_UNROLL _Pragma("clang loop unroll(full)")
 #else
