@@ -9,12 +9,6 @@
 
 // unroll<N>(f) calls f(0), ..., f(N-1) with the index as a compile-time constant: it is what keeps an accumulator array
 // in registers. (Pragmas would do, but gcc 12 hands an inner loop's unrolling on to the loops around it.)
-#if defined(__clang__)
-#define ST_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ST_UNROLL _Pragma("GCC unroll 64")
-#endif
-
 // Hides where a pointer came from, so that the compiler addresses off this register instead of folding the whole
 // computation into slow indexed operands.
 #define ST_OPAQUE(pointer) asm("" : "+r"(pointer))
