@@ -210,11 +210,11 @@ def _call_native(
         g, rhs, x = operands
         return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec, reduced=reduced))
     if _lax_reason(component, spec, [operand.shape for operand in operands]):
-        out = component.reference(*operands, spec=spec)
-        return lax.psum(out, reduced) if reduced else out
-    # The one seam between narrow dtypes and the handlers, which compute in float32.
-    wide = [operand.astype(jnp.float32) for operand in operands]
-    out = _custom_call(component).bind(*wide, spec=spec)
+        out = component.reference(*operands, spec=spec).astype(jnp.float32)
+    else:
+        # The one seam between narrow dtypes and the handlers, which compute in float32.
+        wide = [operand.astype(jnp.float32) for operand in operands]
+        out = _custom_call(component).bind(*wide, spec=spec)
     return (lax.psum(out, reduced) if reduced else out).astype(dtype)
 
 

@@ -587,6 +587,29 @@ def test_explain_says_lax_and_why_where_lax_computes(arguments: dict[str, Any], 
         assert component.path == "lax" and reason in component.reason
 
 
+def test_explain_says_lax_where_auto_leaves_a_component_to_lax() -> None:
+    lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 28, 28, 3), (3, 3, 3, 64)))
+    explanation = st.explain(lhs, rhs)
+    assert explanation["bwd_input"].path == "lax" and "few input features" in explanation["bwd_input"].reason
+    assert explanation["fwd"].path != "lax" and explanation["bwd_weights"].path != "lax"
+    assert st.explain(lhs, rhs, mode="sparse")["bwd_input"].path == "sparse"
+
+
+def test_auto_runs_the_path_that_explain_says() -> None:
+    for features in (3, 16):
+        lhs, rhs = data(17, (2, 9, 9, features), (3, 3, features, 16))
+        gradient = jax.jit(jax.grad(lambda lhs, rhs: (st.sparse_conv(lhs, rhs) ** 2).sum()))
+        says = st.explain(lhs, rhs)["bwd_input"].path
+        text = gradient.lower(lhs, rhs).as_text()
+        assert ("sparsetrain_conv_bwd_input_v1" in text) == (says != "lax") == (features == 16)
+        stock_gradient = jax.grad(lambda lhs, rhs: (stock_same(lhs, rhs) ** 2).sum())
+        assert_same(gradient(lhs, rhs), stock_gradient(lhs, rhs))
+
+
+def stock_same(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
 def test_explain_raises_for_bad_arguments() -> None:
     lhs, rhs = data(10, (2, 7, 8, 6), (3, 3, 6, 4))
     for density in (-0.1, 1.1):

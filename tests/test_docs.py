@@ -22,7 +22,7 @@ from sparsetrain_jax.shapes import ConvSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "jax.md"
 SPEC = ConvSpec((5, 6), (3, 2), (1, 1), ((1, 1), (0, 1)))
-SHAPES = {"lhs": (2, 5, 6, 3), "rhs": (3, 2, 3, 4), "g": (2, 5, 6, 4)}
+SHAPES = {"lhs": (2, 5, 6, 8), "rhs": (3, 2, 8, 4), "g": (2, 5, 6, 4)}
 
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -72,19 +72,19 @@ TRANSFORMATIONS: dict[str, Callable[[Bilinear], Callable[[jax.Array, jax.Array],
     "`jit`": lambda f: jax.jit(f),
     "`jvp`, `jacfwd`, `linearize`": lambda f: lambda a, b: jax.linearize(f, a, b)[1](a, b),
     "`vjp`, `grad`": lambda f: lambda a, b: jax.grad(lambda a, b: (f(a, b) ** 2).sum(), (0, 1))(a, b),
-    "`grad` of `grad`": lambda f: lambda a, b: jax.grad(
-        lambda b: jax.grad(lambda a: (f(a, b) ** 2).sum())(a).sum()
-    )(b),
-    "`jvp` of `grad` (Hessian-vector product)": lambda f: lambda a, b: jax.jvp(
-        jax.grad(lambda b: (f(a, b) ** 2).sum()), (b,), (b,)
+    "`grad` of `grad`": lambda f: lambda a, b: jax.grad(lambda b: jax.grad(lambda a: (f(a, b) ** 2).sum())(a).sum())(b),
+    "`jvp` of `grad` (Hessian-vector product)": lambda f: (
+        lambda a, b: jax.jvp(jax.grad(lambda b: (f(a, b) ** 2).sum()), (b,), (b,))
     ),
     "`linear_transpose`": lambda f: lambda a, b: jax.linear_transpose(lambda a: f(a, b), a)(f(a, b)),
     "`vmap` over the first operand": lambda f: lambda a, b: jax.vmap(f, (0, None))(twice(a), b),
     "`vmap` over the second operand": lambda f: lambda a, b: jax.vmap(f, (None, 0))(a, twice(b)),
     "`vmap` over both": lambda f: lambda a, b: jax.vmap(f)(twice(a), twice(b)),
     "`checkpoint`": lambda f: lambda a, b: jax.grad(jax.checkpoint(lambda a: (f(a, b) ** 2).sum()))(a),
-    "`scan`, `while_loop`, `cond`": lambda f: lambda a, b: lax.cond(
-        a.sum() > -1e9, lambda: lax.fori_loop(0, 2, lambda i, s: s + f(a, b), f(a, b)), lambda: f(a, b)
+    "`scan`, `while_loop`, `cond`": lambda f: (
+        lambda a, b: lax.cond(
+            a.sum() > -1e9, lambda: lax.fori_loop(0, 2, lambda i, s: s + f(a, b), f(a, b)), lambda: f(a, b)
+        )
     ),
     "`export`": exported,
     "`lower().compile()`": lambda f: lambda a, b: jax.jit(f).lower(a, b).compile()(a, b),

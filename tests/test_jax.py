@@ -26,7 +26,7 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 
 def operands() -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = ((2, 7, 8, 6), (3, 3, 6, 6))
+    shapes = ((2, 7, 8, 8), (3, 3, 8, 8))
     lhs, rhs = (jnp.asarray(rng.choice([-1, 1], shape) * (rng.random(shape) > 0.5), jnp.float32) for shape in shapes)
     return lhs, rhs
 
@@ -386,7 +386,7 @@ def test_telemetry_costs_nothing_when_it_is_off() -> None:
 @pytest.mark.skipif(not hasattr(nnx, "capture"), reason="flax too old")
 def test_nnx_layers_tell_the_sparsity_of_inputs_and_output_gradients() -> None:
     lhs, _ = operands()
-    layer = st.nnx.SparseConv(6, 4, (3, 3), sow_sparsity=True, rngs=nnx.Rngs(0))
+    layer = st.nnx.SparseConv(8, 4, (3, 3), sow_sparsity=True, rngs=nnx.Rngs(0))
     want = nnx.relu(layer(lhs))
     _, perturbations = nnx.capture(layer, nnx.Perturbation)(lhs)
 
