@@ -618,7 +618,7 @@ class _Walk:
             proof = "in a loop that only forward mode differentiates, or in a function with a rule of its own"
         else:
             proof = _proof(operands[0])
-        if kernel.relu_input and replaced:
+        if kernel.relu_input and replaced and paths["bwd_input"].path != "lax":
             paths["bwd_input"] = Component("sparse", "only where the input is not zero", {})
         return ConvReport(
             self._source(eqn),

@@ -213,7 +213,7 @@ FALSE = {
     "identity": lambda x: x,
     "maximum(x, 0)": lambda x: jnp.maximum(x, 0),
     "clip(x, 0, 6)": lambda x: jnp.clip(x, 0, 6),
-    "leaky_relu": jax.nn.leaky_relu,
+    "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.5),
     "a polynomial": lambda x: x * x + x,
     "a function named relu with another rule": relu_by_name_only(),
     "a relu's rule with another function": shifted_relu,
@@ -436,12 +436,15 @@ Step = tuple[str, int, int]
 
 @hs.composite
 def programs(draw: hs.DrawFn) -> list[Step]:
-    """Steps (operation, operand, operand), the last a convolution: 0 is the input, i > 0 the result of step i - 1."""
-    steps: list[Step] = [("conv0", 0, 0)]
-    operations = ["relu"] * 8 + [*UNARY, *BINARY] + ["conv1", "conv2"] * 3
-    for _ in range(draw(hs.integers(1, 7))):
-        recent = hs.integers(max(0, len(steps) - 3), len(steps))
-        steps.append((draw(hs.sampled_from(operations)), draw(recent), draw(recent)))
+    """Steps (operation, operand, operand): 0 is the input, i > 0 the result of step i - 1.
+
+    Two convolutions and their ReLUs; random operations on all of these and each other; a convolution of the last.
+    """
+    steps: list[Step] = [("conv0", 0, 0), ("conv1", 0, 0), ("relu", 1, 1), ("relu", 2, 2)]
+    operations = ["relu", "conv1", *UNARY, *BINARY, *BINARY]
+    for _ in range(draw(hs.integers(1, 4))):
+        results = hs.integers(1, len(steps))
+        steps.append((draw(hs.sampled_from(operations)), draw(results), draw(results)))
     return [*steps, ("conv2", len(steps), 0)]
 
 
@@ -457,17 +460,18 @@ def evaluate(steps: Sequence[Step], x: jax.Array, kernels: Sequence[jax.Array], 
     return jnp.sum(values[-1]) if bound else energy(values[-1])
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 @hypothesis.given(steps=programs())
 def test_gradients_of_random_graphs_are_those_of_the_function(steps: list[Step]) -> None:
     fun = lambda x, kernels: evaluate(steps, x, kernels)  # noqa: E731
     x = integers(7, *SHAPE)
+    if not any(proven(fun, x, KERNELS)):
+        return  # then nothing but the summation order differs, which other tests see to
     # Everything is an integer, or half of one where a maximum met a tie: sums are exact in whatever order if those of
     # absolute values stay below 2^24. Energies weigh by 2 at most.
     bounds = jax.grad(lambda x, k: evaluate(steps, x, k, bound=True), (0, 1))(*jax.tree.map(jnp.abs, (x, KERNELS)))
     largest = max(float(b.max()) for b in jax.tree.leaves(bounds))
     hypothesis.assume(2 * largest * 2 ** len(steps) < 2**24)
-    hypothesis.event(f"{sum(proven(fun, x, KERNELS))} proofs")
     # Not compiled: all graphs share their operations.
     assert_equal(jax.grad(st.sparsify(fun), (0, 1))(x, KERNELS), jax.grad(fun, (0, 1))(x, KERNELS))
 
@@ -772,7 +776,8 @@ def test_the_explanation_names_source_lines_paths_and_reasons() -> None:
     assert all(r.source.startswith(file) for r in reports)
     assert "feature_group_count" in reports[3].paths["fwd"].reason
     table = str(reports)
-    assert len(table.splitlines()) == 6 and all(r.proof in table for r in reports)
+    assert all(report.proof in line for report, line in zip(reports, table.splitlines()[1:5], strict=True))
+    assert f"lax: {reports[3].paths['fwd'].reason}" in table.splitlines()[5:]
     assert str(st.sparsify(lambda x: x, explain=True)(X)) == "no convolutions"
 
 
@@ -864,7 +869,7 @@ class Pyramid(nnx.Module):
     """An nnx model with batch normalization and dropout."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.first = nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.drop = nnx.Dropout(0.5, rngs=rngs)
         self.second = nnx.Conv(8, 16, (3, 3), strides=2, rngs=rngs)
