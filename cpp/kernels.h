@@ -23,13 +23,16 @@ struct SweepArgs {
   uint64_t pair_mask;     // all ones: two pixels share filter loads; zero: pixel by pixel (few non-zeros)
   const float* filter;    // [channel][tap][vectors * lanes], 64-byte aligned
   int pixels;
-  int first;            // may be negative; columns outside [0, columns) are dropped
-  int columns;          // output columns of the row
-  const float* tile;    // [columns][vectors * lanes], partial sums so far; null: start from zero
-  float* out;           // where sums go: the tile again, or the final row
-  ptrdiff_t out_pitch;  // floats between columns of out
-  int out_features;     // features that exist in out, 1..vectors * lanes
-  bool stream;          // out by-passes the caches (64-byte aligned, whole vectors)
+  int first;             // may be negative; columns outside [0, columns) are dropped
+  int columns;           // output columns of the row
+  const float* tile;     // [columns][vectors * lanes], partial sums so far; null: start from zero
+  float* out;            // where sums go: the tile again, or the final row
+  ptrdiff_t out_pitch;   // floats between columns of out
+  int out_features;      // features that exist in out, 1..vectors * lanes
+  int value_lines;       // lines of 64 bytes of a pixel's block that 1-tap sweeps fetch into L1 two pixels ahead
+  const char* prefetch;  // 1-tap sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
+  int prefetch_lines;
+  bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
 };
 
 // Scan of a row: masks, and a contiguous copy of the values per channel block. Channel block b of pixel i goes to

@@ -105,6 +105,7 @@ struct Sweep {
   // needed to load column 0, and goes on with empty masks after the last.
   static void run(const SweepArgs& args) {
     const SweepArgs a = args;
+    const char* prefetch = a.prefetch;
     Window sums;
     unroll<(kTaps + 1) * kVectors>([&](auto i) ST_LAMBDA { sums[i / kVectors][i % kVectors] = Isa::zero(); });
     const int lead = a.first + kTaps - 1;
@@ -116,6 +117,13 @@ struct Sweep {
       uint64_t mask1 = static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.pixels) ? a.masks[x + 1] : 0;
       const float* pixel0 = a.values + x * a.value_pitch;
       const float* pixel1 = pixel0 + a.value_pitch;
+      if constexpr (kTaps == 1) {
+        for (int i = 0; i < a.value_lines; ++i) {
+          __builtin_prefetch(pixel1 + a.value_pitch + 16 * i, 0, 3);
+          __builtin_prefetch(pixel1 + 2 * a.value_pitch + 16 * i, 0, 3);
+        }
+        for (int i = 0; i < a.prefetch_lines; ++i, prefetch += 64) __builtin_prefetch(prefetch, 0, 2);
+      }
       const uint64_t both = mask0 & mask1 & a.pair_mask;
       mask0 ^= both;
       mask1 ^= both;

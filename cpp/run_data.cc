@@ -246,6 +246,27 @@ class TileInput {
   float* values_ = nullptr;
 };
 
+// Input that this thread will probably scan next, fetched into L2 while it sweeps.
+class Ahead {
+ public:
+  // `sweeps` of `columns` columns each are to fetch `floats` from `begin`.
+  Ahead(const float* begin, int64_t floats, int64_t columns, int64_t sweeps)
+      : next_(reinterpret_cast<const char*>(begin)), end_(reinterpret_cast<const char*>(begin + floats)) {
+    const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
+    lines_ = static_cast<int>((floats / 16 + steps - 1) / steps);
+  }
+  void aim(int64_t columns, SweepArgs* args) {
+    const int64_t bytes = 64 * lines_ * ((columns + 1) / 2);
+    args->prefetch = next_;
+    args->prefetch_lines = next_ + bytes <= end_ ? lines_ : 0;
+    next_ += args->prefetch_lines > 0 ? bytes : 0;
+  }
+
+ private:
+  const char *next_, *end_;
+  int lines_;
+};
+
 struct Call {
   const DataPlan& plan;
   const Kernels& kernels;
@@ -260,7 +281,7 @@ struct Call {
 
 // Sums one feature block of one class of columns over all channels and taps.
 void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, Range rows, Range columns, size_t cls,
-                 int64_t block, float* sums, float* row_filter) {
+                 int64_t block, float* sums, float* row_filter, Ahead* ahead) {
   const DataPlan& plan = call.plan;
   const ColumnClass& column_class = plan.classes[cls];
   const Range u{columns.begin / column_class.step, std::min(column_class.columns, columns.end / column_class.step)};
@@ -270,6 +291,8 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   const int64_t valid = std::min(features, plan.features - f0);
   SweepArgs args{};
   args.pair_mask = pair_mask;
+  // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
+  args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
   args.columns = static_cast<int>(u.size());
   const auto result_row = [&](int64_t g) {
     const int64_t x = column_class.start + u.begin * column_class.step;
@@ -329,6 +352,7 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
             args.stream = false;
           }
           input.aim(g / plan.out_rows, y, strand, u, cb, &args);
+          ahead->aim(u.size(), &args);
           sweep(args);
         }
       }
@@ -336,7 +360,8 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   }
 }
 
-void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
+// `next` is the range of columns that this thread will probably run next; empty if unknown.
+void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range next) {
   const DataPlan& plan = call.plan;
   TileInput input(plan, call.input, rows, columns);
   const int64_t sums = rows.size() * columns.size() * plan.vectors * call.kernels.lanes;
@@ -362,9 +387,12 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks) {
     count(fwd ? (dense ? "conv_fwd/dense" : "conv_fwd/sparse")
               : (dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse"));
   }
+  // Only 1x1 kernels, where the input is one long row, do so little with a value that reading it shows.
+  Ahead ahead(call.input + next.begin * plan.channels, next.size() * plan.channels, columns.size(),
+              blocks.size() * plan.channel_blocks());
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, row_filter);
+      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, row_filter, &ahead);
     }
   }
   if (call.stream) call.kernels.data.stream_fence();
@@ -396,10 +424,14 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
                     const int64_t row = tile / column_tiles * plan.tile_rows;
                     const int64_t column = tile % column_tiles * plan.tile_columns;
                     const int64_t step = plan.classes.front().step;
+                    // Threads take items in turn, so the next of this thread is about `concurrency` items on.
+                    const int64_t later = (i + executor.concurrency()) / groups * plan.tile_columns;
+                    const bool fetch = !plan.copy && row_tiles == 1 && later > column && later < plan.out_columns;
                     run_tile(
                         call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
                         {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
-                        {plan.blocks * group / groups, plan.blocks * (group + 1) / groups});
+                        {plan.blocks * group / groups, plan.blocks * (group + 1) / groups},
+                        {fetch ? later : 0, fetch ? std::min(plan.out_columns, later + plan.tile_columns) : 0});
                   }},
              });
 }
