@@ -170,12 +170,68 @@ struct WeightsKernels {
   void (*transpose)(const WeightsTransposeArgs&);
 };
 
+// Masked BWI, see kernels_masked.h for the algorithm. The pixels of a block of x are its *slots*; a *position* is a
+// place in the scratch copy of g.
+constexpr int kMaskedTaps = 3;           // rows and columns of taps of one product; larger kernels are cut into several
+constexpr int kMaskedVectorChoices = 5;  // a product takes 1, 2, 4, 8 or 16 vectors of features, indexed by logarithm
+
+// Which products exist: the filter of a channel sits in registers, beside four sums. Of each rectangle of taps the
+// widest and half of it, so that the last step of few features is not mostly padding; all of them for a single tap.
+constexpr bool masked_offered(int rows, int columns, int vectors, int registers) {
+  const int most = registers - 5, needed = rows * columns * vectors;
+  return needed <= most && (rows * columns == 1 || 4 * needed > most);
+}
+
+// Lists the active slots of every channel, by the position that the first tap of each meets.
+struct MaskedListArgs {
+  const uint64_t* masks;  // [channel][words]
+  int words;              // 64 slots each
+  int channels;
+  const uint16_t* positions;  // of each slot
+  uint16_t* lists;            // [channel][capacity]; the last entry is repeated up to a multiple of four
+  int capacity;               // >= 64 * words + 16
+  uint16_t* counts;           // [channel], without repetitions
+};
+
+// values[channel][entry] += the sum over taps and features of filter * g, for every entry of the lists.
+struct MaskedProductArgs {
+  const uint16_t* lists;
+  const uint16_t* counts;
+  int capacity;
+  int channels;
+  const float* g;       // [position][vectors * lanes], 64-byte aligned
+  int tap_row;          // positions between rows of taps
+  const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned
+  float* values;        // [channel][capacity]
+  bool first;           // values start from zero
+};
+
+// Writes the values to the pixels of dlhs, and zeros where a slot is not active.
+struct MaskedStoreArgs {
+  const uint64_t* masks;
+  int words;
+  int channels;
+  const float* values;
+  int capacity;
+  float* const* pixels;  // channel 0 of each slot
+  int slots;
+  bool stream;
+};
+
+struct MaskedKernels {
+  void (*lists)(const MaskedListArgs&);
+  void (*product[kMaskedTaps + 1][kMaskedTaps + 1][kMaskedVectorChoices])(const MaskedProductArgs&);  // null: none
+  void (*store)(const MaskedStoreArgs&);
+  void (*zero)(const float* x, float* dlhs, int64_t count);  // dlhs = 0 wherever x is zero
+};
+
 struct Kernels {
   const char* isa;
   int lanes;
   int registers;
   DataKernels data;
   WeightsKernels weights;
+  MaskedKernels masked;
 };
 
 extern const Kernels kKernelsPortable;

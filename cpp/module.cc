@@ -13,6 +13,7 @@
 #include "handlers.h"
 #include "isa.h"
 #include "plan_data.h"
+#include "plan_masked.h"
 #include "plan_weights.h"
 
 namespace nb = nanobind;
@@ -40,6 +41,9 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   } else if (component == "bwd_weights") {
     const Kernels& k = kernels();
     pairs = describe_weights_plan(shape, Mode::kAuto, Densities{}, {machine(), k.lanes, k.registers, 1});
+  } else if (component == "bwd_input_masked") {
+    const Kernels& k = kernels();
+    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{0.5, 1}, {machine(), k.lanes, k.registers, 1});
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }

@@ -52,8 +52,18 @@ struct Avx2 {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
+  static ST_INLINE void add_sums(float* p, bool first, Vec a, Vec b, Vec c, Vec d) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 z = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    _mm_storeu_ps(p, first ? z : _mm_add_ps(z, _mm_loadu_ps(p)));
+  }
   static ST_INLINE uint32_t nonzero(Vec v) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+  }
+  static ST_INLINE Vec keep(uint32_t mask, Vec v) {
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(kept));
   }
   static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
     const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTables.compress[mask]));
@@ -66,9 +76,7 @@ struct Avx2 {
   }
   static ST_INLINE Vec expand(uint32_t mask, const float* p) {
     const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTables.expand[mask]));
-    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i keep = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits), bits);
-    return _mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes), _mm256_castsi256_ps(keep));
+    return keep(mask, _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes));
   }
   static ST_INLINE void transpose(Vec (&r)[kLanes]) {
     __m256 t[8];

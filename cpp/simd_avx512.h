@@ -26,7 +26,16 @@ struct Avx512 {
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static ST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+  static ST_INLINE void add_sums(float* p, bool first, Vec a, Vec b, Vec c, Vec d) {
+    const __m512 ab = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+    const __m512 cd = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, c, d), _mm512_shuffle_ps(c, d, 0x4e));
+    const __m512 x = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+    const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    const __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    _mm_storeu_ps(p, first ? z : _mm_add_ps(z, _mm_loadu_ps(p)));
+  }
   static ST_INLINE uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+  static ST_INLINE Vec keep(uint32_t mask, Vec v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), v); }
   static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
   }

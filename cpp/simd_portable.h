@@ -3,6 +3,8 @@
 //   load, store       any alignment            load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
 //   stream            aligned, may by-pass                       is not written, and is never touched in memory
 //   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
+//   keep              the lanes named by mask, zero elsewhere
+//   add_sums          p[0..4) = (first ? 0 : p[0..4)) + the sums of the lanes of a, b, c, d
 //   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage
 //   compress_u16      the same for kLanes 16-bit integers read from src
 //   expand            p[0..popcount) to the lanes named by mask, zero elsewhere; kLanes floats are read
@@ -43,8 +45,16 @@ struct Portable {
   static ST_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static ST_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static ST_INLINE void add_sums(float* p, bool first, Vec a, Vec b, Vec c, Vec d) {
+    const Vec sums = {sum(a), sum(b), sum(c), sum(d)};
+    store(p, first ? sums : add(sums, load(p)));
+  }
   static ST_INLINE uint32_t nonzero(Vec v) {
     return (v[0] != 0 ? 1u : 0) | (v[1] != 0 ? 2u : 0) | (v[2] != 0 ? 4u : 0) | (v[3] != 0 ? 8u : 0);
+  }
+  static ST_INLINE Vec keep(uint32_t mask, Vec v) {
+    for (int i = 0; i < kLanes; ++i) v[i] = mask >> i & 1 ? v[i] : 0;
+    return v;
   }
   static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
     for (int i = 0; i < kLanes; ++i) {

@@ -1,0 +1,168 @@
+// Masked BWI: dlhs[pixel][c] = sum over taps and k of rhs[tap][c][k] * g[pixel + tap][k], where x[pixel][c] is
+// non-zero.
+//
+// The sparsity is that of the result, so vectors run along k, and every active (pixel, channel) ends in one sum over
+// lanes. Work goes by blocks of pixels:
+//
+//   lists    per channel, from the masks of x: where in g the active pixels find their first tap
+//   copy     of g with its halo, for one step of features, into scratch that stays in L1: [position][features]
+//   product  per channel: its filter, all taps x features of the step, sits in registers; four entries of the list at a
+//            time meet their windows of g with one multiply-add with a memory operand for each filter vector. The four
+//            sums over lanes become one vector of four values, by a tree of shuffles
+//   store    expands each channel's values by its mask, transposes, and writes whole lines: the zeros come for free
+//
+// Loads bound the product: one per multiply-add. Long lists keep the mispredicted ends of loops rare, and four
+// independent sums hide the latency of the multiply-adds.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sparsetrain {
+namespace {
+
+template <class Isa>
+void masked_lists(const MaskedListArgs& args) {
+  constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
+  const uint64_t* masks = args.masks;
+  for (int c = 0; c < args.channels; ++c, masks += args.words) {
+    uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
+    int count = 0;
+    for (int w = 0; w < args.words; ++w) {
+      for (int i = 0; i < 64; i += Isa::kLanes) {
+        const uint32_t mask = static_cast<uint32_t>(masks[w] >> i) & kLaneBits;
+        Isa::compress_u16(list + count, mask, args.positions + 64 * w + i);
+        count += __builtin_popcount(mask);
+      }
+    }
+    args.counts[c] = static_cast<uint16_t>(count);
+    for (; count % 4 != 0; ++count) list[count] = list[count - 1];
+  }
+}
+
+template <class Isa, int kRows, int kColumns, int kVectors>
+struct MaskedProduct {
+  using Vec = typename Isa::Vec;
+  static constexpr int kCount = kRows * kColumns * kVectors;
+  static constexpr int kWidth = kVectors * Isa::kLanes;
+  static constexpr int kTogether = 4;
+
+  // Adds the products of kTogether entries to their sums.
+  static ST_INLINE void windows(const float* g, const uint16_t* list, ptrdiff_t row, const Vec (&filter)[kCount],
+                                Vec (&sums)[kTogether]) {
+    const float* window[kTogether];
+    unroll<kTogether>([&](auto e) ST_LAMBDA {
+      window[e] = g + static_cast<size_t>(list[e]) * kWidth;
+      ST_OPAQUE(window[e]);
+    });
+    unroll<kRows>([&](auto r) ST_LAMBDA {
+      unroll<kColumns * kVectors>([&](auto i) ST_LAMBDA {
+        unroll<kTogether>([&](auto e) ST_LAMBDA {
+          sums[e] = Isa::fma(filter[r * kColumns * kVectors + i], Isa::load(window[e] + i * Isa::kLanes), sums[e]);
+        });
+      });
+      if constexpr (r + 1 < kRows) {
+        unroll<kTogether>([&](auto e) ST_LAMBDA {
+          window[e] += row;
+          ST_OPAQUE(window[e]);
+        });
+      }
+    });
+  }
+
+  static void run(const MaskedProductArgs& args) {
+    const float* g = args.g;
+    const ptrdiff_t row = static_cast<ptrdiff_t>(args.tap_row) * kWidth;
+    for (int c = 0; c < args.channels; ++c) {
+      const float* from = args.filter + static_cast<ptrdiff_t>(c) * (kCount * Isa::kLanes);
+      const uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
+      float* values = args.values + static_cast<ptrdiff_t>(c) * args.capacity;
+      Vec filter[kCount];
+      unroll<kCount>([&](auto i) ST_LAMBDA {
+        filter[i] = Isa::load(from + i * Isa::kLanes);
+        __builtin_prefetch(from + (kCount + i) * Isa::kLanes);
+      });
+      for (int count = args.counts[c]; count > 0; count -= kTogether, list += kTogether, values += kTogether) {
+        Vec sums[kTogether];
+        unroll<kTogether>([&](auto e) ST_LAMBDA { sums[e] = Isa::zero(); });
+        windows(g, list, row, filter, sums);
+        Isa::add_sums(values, args.first, sums[0], sums[1], sums[2], sums[3]);
+      }
+    }
+  }
+};
+
+template <class Isa>
+void masked_store(const MaskedStoreArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
+  for (int first = 0; first < args.channels; first += kLanes) {
+    const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
+    const float* values[kLanes];
+    for (int c = 0; c < kLanes; ++c) values[c] = args.values + static_cast<ptrdiff_t>(first + c) * args.capacity;
+    const uint64_t* masks = args.masks + static_cast<ptrdiff_t>(first) * args.words;
+    for (int p = 0; p < args.slots; p += kLanes) {
+      typename Isa::Vec v[kLanes];
+      unroll<kLanes>([&](auto c) ST_LAMBDA {
+        const uint64_t word = c < channels ? masks[c * args.words + p / 64] : 0;
+        const uint32_t mask = static_cast<uint32_t>(word >> p % 64) & kLaneBits;
+        v[c] = Isa::expand(mask, values[c]);
+        values[c] += __builtin_popcount(mask);
+      });
+      Isa::transpose(v);
+      const int slots = args.slots - p < kLanes ? args.slots - p : kLanes;
+      unroll<kLanes>([&](auto i) ST_LAMBDA {
+        if (i >= slots) return;
+        float* pixel = args.pixels[p + i] + first;
+        if (channels < kLanes) {
+          Isa::store_n(pixel, v[i], channels);
+        } else if (args.stream) {
+          Isa::stream(pixel, v[i]);
+        } else {
+          Isa::store(pixel, v[i]);
+        }
+      });
+    }
+  }
+  if (args.stream) Isa::stream_fence();
+}
+
+template <class Isa>
+void masked_zero(const float* x, float* dlhs, int64_t count) {
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) {
+    Isa::store(dlhs + i, Isa::keep(Isa::nonzero(Isa::load(x + i)), Isa::load(dlhs + i)));
+  }
+  for (; i < count; ++i) dlhs[i] = x[i] == 0 ? 0 : dlhs[i];
+}
+
+template <class Isa, int kRows, int kColumns, int kChoice>
+constexpr void offer_product(MaskedKernels& table) {
+  if constexpr (masked_offered(kRows, kColumns, 1 << kChoice, Isa::kRegisters)) {
+    table.product[kRows][kColumns][kChoice] = MaskedProduct<Isa, kRows, kColumns, (1 << kChoice)>::run;
+  }
+  if constexpr (kChoice + 1 < kMaskedVectorChoices) {
+    offer_product<Isa, kRows, kColumns, kChoice + 1>(table);
+  } else if constexpr (kColumns < kMaskedTaps) {
+    offer_product<Isa, kRows, kColumns + 1, 0>(table);
+  } else if constexpr (kRows < kMaskedTaps) {
+    offer_product<Isa, kRows + 1, 1, 0>(table);
+  }
+}
+
+template <class Isa>
+constexpr MaskedKernels masked_kernels() {
+  MaskedKernels table{};
+  table.lists = masked_lists<Isa>;
+  table.store = masked_store<Isa>;
+  table.zero = masked_zero<Isa>;
+  offer_product<Isa, 1, 1, 0>(table);
+  return table;
+}
+
+}  // namespace
+}  // namespace sparsetrain

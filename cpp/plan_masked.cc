@@ -1,0 +1,233 @@
+#include "plan_masked.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "kernels.h"
+
+namespace sparsetrain {
+namespace {
+
+// Costs in multiply-adds of a vector of the dense BWI, measured.
+constexpr double kProductCost = 1.5;   // a multiply-add of a product: bound by its load; sums over lanes come with it
+constexpr double kElementCost = 6;     // listing an element of x and storing one of dlhs
+constexpr double kChannelCost = 60;    // of a product, per channel of a block: its filter, the mispredicted end
+constexpr double kZeroCost = 1.8;      // zeroing: reading x, writing dlhs, per element
+constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
+constexpr int kOneTapFeatures = 64;    // of a step with one tap: fewer multiply-adds per sum, but more pixels in L1
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A class along one axis: pixels phase, phase + stride, ... and the taps that
+// they meet, in the order in which these meet ascending pixels of g.
+struct AxisClass {
+  PixelAxis pixels;
+  TapAxis taps;
+};
+
+std::vector<AxisClass> split_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  std::vector<AxisClass> classes;
+  for (int64_t phase = 0; phase < std::min(stride, size); ++phase) {
+    const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
+    const int64_t taps = residue < kernel ? ceil_div(kernel - residue, stride) : 0;
+    const int64_t last = residue + (taps - 1) * stride;
+    classes.push_back({{phase, stride, ceil_div(size - phase, stride)},
+                       {last, -stride, static_cast<int>(taps), 0, 1, out_size, (phase + pad - last) / stride}});
+  }
+  return classes;
+}
+
+// Cuts a run of taps into pieces of nearly equal length that a product takes.
+std::vector<TapAxis> cut(const TapAxis& axis) {
+  std::vector<TapAxis> parts;
+  const int pieces = (axis.taps + kMaskedTaps - 1) / kMaskedTaps;
+  for (int i = 0, first = 0; i < pieces; ++i) {
+    TapAxis part = axis;
+    part.taps = (axis.taps - first + pieces - i - 1) / (pieces - i);
+    part.tap += first * axis.tap_step;
+    part.offset += first;
+    first += part.taps;
+    parts.push_back(part);
+  }
+  return parts;
+}
+
+// The narrowest step for `left` features, or the widest there is. Half the
+// widest exists, and down to one for one tap.
+int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const WeightsMachine& machine) {
+  int widest = 1;
+  for (int v = 1 << (kMaskedVectorChoices - 1); v >= 1; v /= 2) {
+    if (!masked_offered(rows.taps, columns.taps, v, machine.registers)) continue;
+    if (rows.taps * columns.taps == 1 && v * machine.lanes > kOneTapFeatures) continue;
+    widest = v;
+    break;
+  }
+  while (widest > 1 && widest / 2 * machine.lanes >= left &&
+         masked_offered(rows.taps, columns.taps, widest / 2, machine.registers)) {
+    widest /= 2;
+  }
+  return widest;
+}
+
+void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine& machine, MaskedPlan& plan,
+               MaskedClass& cls) {
+  const int64_t features = plan.shape.k;
+  for (int64_t first = 0; first < features;) {
+    const int vectors = step_width(rows, columns, features - first, machine);
+    const int64_t width = static_cast<int64_t>(vectors) * plan.lanes, count = std::min(width, features - first);
+    cls.steps.push_back({rows, columns, first, static_cast<int>(count), vectors, plan.filter_floats});
+    plan.filter_floats += plan.shape.c * rows.taps * columns.taps * width;
+    first += count;
+  }
+}
+
+// Padding before and after the pixels of g that `pixels` pixels meet: what
+// neighbouring rows may share.
+int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
+  const int64_t before = std::max<int64_t>(0, -axis.offset);
+  const int64_t after = std::max<int64_t>(0, axis.offset + pixels + axis.taps - 1 - axis.count);
+  return std::min<int64_t>({before, after, axis.taps - 1});
+}
+
+// The block with its halo stays in L1; fewest blocks, because every block reads
+// all filters.
+void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
+  const int64_t height = cls.rows.count, width = cls.columns.count;
+  int64_t fewest = 0;
+  for (int64_t pieces = 1; pieces <= width; ++pieces) {
+    const int64_t columns = ceil_div(width, pieces);
+    int64_t halo_columns = 0, halo_rows = 0,
+            halo_images = 0;  // beyond a row, a block, an image
+    for (const MaskedStep& step : cls.steps) {
+      const int64_t shared = columns == width ? shared_halo(step.columns, width) : 0;
+      halo_columns = std::max(halo_columns, step.columns.taps - 1 - shared);
+      halo_rows = std::max<int64_t>(halo_rows, step.rows.taps - 1);
+      halo_images = std::max(halo_images, step.rows.taps - 1 - shared_halo(step.rows, height));
+    }
+    const int64_t pitch = columns + halo_columns;
+    if ((1 + halo_rows) * pitch > budget && columns > 16) continue;
+    const int64_t most_rows = std::max<int64_t>(1, budget / pitch - halo_rows);
+    const int64_t rows = ceil_div(height, ceil_div(height, most_rows));
+    int64_t images = 1, image_rows = rows + halo_rows;
+    if (columns == width && rows == height) {
+      image_rows = rows + halo_images;
+      images = std::clamp<int64_t>(budget / (image_rows * pitch), 1, shape.n);
+      images = ceil_div(shape.n, ceil_div(shape.n, images));
+    }
+    const int64_t blocks[3] = {ceil_div(shape.n, images), ceil_div(height, rows), ceil_div(width, columns)};
+    const int64_t count = blocks[0] * blocks[1] * blocks[2];
+    if (fewest == 0 || count < fewest) {
+      fewest = count;
+      cls.block_images = images;
+      cls.block_rows = rows;
+      cls.block_columns = columns;
+      cls.pitch = pitch;
+      cls.image_rows = image_rows;
+      std::copy(blocks, blocks + 3, cls.blocks);
+    }
+    if (rows == height || columns <= 16) break;
+  }
+}
+
+void plan_product(const WeightsMachine& machine, MaskedPlan& plan) {
+  const ConvShape& shape = plan.shape;
+  for (const AxisClass& row : split_axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top)) {
+    for (const AxisClass& column : split_axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left)) {
+      MaskedClass cls{};
+      cls.rows = row.pixels;
+      cls.columns = column.pixels;
+      for (const TapAxis& rows : cut(row.taps)) {
+        for (const TapAxis& columns : cut(column.taps)) add_steps(rows, columns, machine, plan, cls);
+      }
+      int widest = 1;
+      for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
+      const int64_t bytes = 4 * widest * plan.lanes;
+      block_pixels(shape, std::clamp<int64_t>(machine.caches.l1_bytes * 7 / 10 / bytes, 16, 1024), cls);
+      plan.classes.push_back(std::move(cls));
+    }
+  }
+  // Lists and values of an item, some six bytes for each pixel and channel,
+  // share L2 with filters that pass by.
+  int64_t pixels = 1, blocks = 0;
+  for (const MaskedClass& cls : plan.classes) {
+    pixels = std::max(pixels, cls.block_images * cls.block_rows * cls.block_columns + 64);
+    blocks += cls.block_count();
+  }
+  const int64_t unit = std::max(plan.lanes, 16);
+  const int64_t most = std::max(unit, machine.caches.l2_bytes / 2 / (6 * pixels) / unit * unit);
+  int64_t pieces = ceil_div(shape.c, most);
+  // Few blocks: threads share them by channels. Each copies g again.
+  if (blocks * pieces < 3 * machine.threads && machine.threads > 1) {
+    pieces = std::max(pieces, std::min(ceil_div(3 * machine.threads, blocks), ceil_div(shape.c, 2 * unit)));
+  }
+  plan.channel_block = round_up(ceil_div(shape.c, pieces), unit);
+}
+
+void estimate(const Densities& densities, MaskedPlan& plan) {
+  double dense = 0, product = 0, elements = 0;
+  for (const MaskedClass& cls : plan.classes) {
+    const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
+    const double channels = static_cast<double>(plan.shape.c);
+    elements += pixels * channels;
+    for (const MaskedStep& step : cls.steps) {
+      dense += pixels * channels * step.rows.taps * step.columns.taps * step.vectors;
+      product += static_cast<double>(cls.block_count()) * channels * kChannelCost;
+    }
+  }
+  plan.product_cost = densities.lhs * kProductCost * dense + product + kElementCost * elements;
+  plan.g_cost = dense * (kSkippingCost + (1 - kSkippingCost) * densities.g) + kZeroCost * elements;
+  plan.dense_cost = dense + kZeroCost * elements;
+}
+
+}  // namespace
+
+MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densities, const WeightsMachine& machine) {
+  MaskedPlan plan{};
+  ConvShape& shape = plan.shape;
+  shape = given;
+  if (shape.r == 1 && shape.s == 1 && shape.stride_h == 1 && shape.stride_w == 1 && shape.oh == shape.h &&
+      shape.ow == shape.w && shape.pad_top == 0 && shape.pad_left == 0) {
+    shape.w = shape.ow = shape.n * shape.h * shape.w;
+    shape.n = shape.h = shape.oh = 1;
+  }
+  plan.lanes = machine.lanes;
+  plan.stream = shape.c % plan.lanes == 0 && 4 * given.n * given.h * given.w * given.c > machine.caches.l3_bytes / 4;
+  plan_product(machine, plan);
+  estimate(densities, plan);
+  const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
+  plan.product = mode != Mode::kDense && plan.product_cost < ordinary;
+  plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
+  return plan;
+}
+
+std::vector<std::pair<std::string, std::string>> describe_masked_plan(const ConvShape& shape, Mode mode,
+                                                                      const Densities& densities,
+                                                                      const WeightsMachine& machine) {
+  const MaskedPlan plan = plan_masked(shape, mode, densities, machine);
+  std::vector<std::pair<std::string, std::string>> lines;
+  const auto add = [&lines](const char* key, const std::string& value) { lines.emplace_back(key, value); };
+  const auto number = [](double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.3g", value);
+    return std::string(text);
+  };
+  const MaskedClass& cls = plan.classes.front();
+  add("path", plan.product ? "product" : !plan.sparse ? "dense" : "g");
+  add("channel_block", std::to_string(plan.channel_block));
+  add("pixel_classes", std::to_string(plan.classes.size()));
+  add("pixel_block", std::to_string(cls.block_images) + "x" + std::to_string(cls.block_rows) + "x" +
+                         std::to_string(cls.block_columns));
+  add("steps", std::to_string(cls.steps.size()));
+  if (!cls.steps.empty()) {
+    const MaskedStep& step = cls.steps.front();
+    add("step", std::to_string(step.rows.taps) + "x" + std::to_string(step.columns.taps) + "x" +
+                    std::to_string(step.vectors * plan.lanes));
+  }
+  add("product_cost", number(plan.product_cost));
+  add("g_cost", number(plan.g_cost));
+  add("dense_cost", number(plan.dense_cost));
+  return lines;
+}
+
+}  // namespace sparsetrain

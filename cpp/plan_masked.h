@@ -1,0 +1,63 @@
+// Plan of the masked BWI: a pure function of shape, machine and the measured densities. Nothing here touches a tensor.
+//
+// Three ways lead to the result. The *product* computes it only where x is non-zero (kernels_masked.h); or the ordinary
+// BWI computes all of it, dense or skipping the zeros of g, and what x rules out is zeroed after. The cheapest by
+// estimate is taken.
+//
+// The product goes by classes: pixels of x that are a stride apart meet the same taps, and neighbours in a class meet
+// neighbouring pixels of g. Blocking, from outside in, in the order of the loops in run_masked.cc:
+//   item           a block of pixels of a class, images x rows x columns, for a block of channels: listed once, values
+//                  wait in L2 between steps
+//   step           a rectangle of taps x a few vectors of features: what a product holds in registers; the block of g
+//                  stays in L1
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "conv.h"
+#include "isa.h"
+#include "plan_weights.h"
+
+namespace sparsetrain {
+
+struct MaskedStep {
+  TapAxis rows, columns;
+  int64_t feature;  // the first
+  int features, vectors;
+  int64_t filter;  // floats before its filters, [channel][tap][vectors * lanes], in the packed kernel
+};
+
+struct MaskedClass {
+  PixelAxis rows, columns;        // of x
+  std::vector<MaskedStep> steps;  // none where no tap meets the class
+  int64_t block_images, block_rows, block_columns;
+  int64_t pitch;       // positions between rows of a block; halos of neighbouring rows overlap where both are padding
+  int64_t image_rows;  // rows of positions between images of a block
+  int64_t blocks[3];   // images, rows, columns
+  int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
+};
+
+struct MaskedPlan {
+  ConvShape shape;  // as computed: 1x1 kernels at stride 1 without padding are one long row of pixels
+  bool product;     // else the ordinary BWI, then zeroing
+  bool sparse;      // zeros are expected to save work: the product, or the ordinary BWI skipping those of g
+  bool stream;      // the result by-passes the caches
+  int lanes;
+  std::vector<MaskedClass> classes;
+  int64_t channel_block;
+  int64_t filter_floats;                    // of the packed kernel
+  double product_cost, g_cost, dense_cost;  // estimates, in multiply-adds of a vector
+};
+
+// densities.lhs is that of x. The number of threads changes how work is cut, never a sum.
+MaskedPlan plan_masked(const ConvShape& shape, Mode mode, const Densities& densities, const WeightsMachine& machine);
+
+// What the plan would do, as pairs of name and printable value.
+std::vector<std::pair<std::string, std::string>> describe_masked_plan(const ConvShape& shape, Mode mode,
+                                                                      const Densities& densities,
+                                                                      const WeightsMachine& machine);
+
+}  // namespace sparsetrain
