@@ -204,6 +204,7 @@ struct MaskedProductArgs {
   const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned
   float* values;        // [channel][capacity]
   bool first;           // values start from zero
+  WeightsPrefetch next[2];
 };
 
 // Writes the values to the pixels of dlhs, and zeros where a slot is not active.
@@ -216,6 +217,7 @@ struct MaskedStoreArgs {
   float* const* pixels;  // channel 0 of each slot
   int slots;
   bool stream;
+  uint16_t* taken;  // [channel rounded up to lanes], scratch
 };
 
 struct MaskedKernels {

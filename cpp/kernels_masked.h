@@ -20,6 +20,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "kernels_weights.h"
 #include "simd.h"
 
 namespace sparsetrain {
@@ -77,7 +78,10 @@ struct MaskedProduct {
   static void run(const MaskedProductArgs& args) {
     const float* g = args.g;
     const ptrdiff_t row = static_cast<ptrdiff_t>(args.tap_row) * kWidth;
+    Prefetcher next_g(args.next[0], args.channels), next_x(args.next[1], args.channels);
     for (int c = 0; c < args.channels; ++c) {
+      next_g.turn();
+      next_x.turn();
       const float* from = args.filter + static_cast<ptrdiff_t>(c) * (kCount * Isa::kLanes);
       const uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
       float* values = args.values + static_cast<ptrdiff_t>(c) * args.capacity;
@@ -96,25 +100,26 @@ struct MaskedProduct {
   }
 };
 
+// A few pixels, all their channels, at a time: their lines follow each other in dlhs.
 template <class Isa>
 void masked_store(const MaskedStoreArgs& args) {
   constexpr int kLanes = Isa::kLanes;
   constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
-  for (int first = 0; first < args.channels; first += kLanes) {
-    const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
-    const float* values[kLanes];
-    for (int c = 0; c < kLanes; ++c) values[c] = args.values + static_cast<ptrdiff_t>(first + c) * args.capacity;
-    const uint64_t* masks = args.masks + static_cast<ptrdiff_t>(first) * args.words;
-    for (int p = 0; p < args.slots; p += kLanes) {
+  for (int c = 0; c < args.channels + kLanes - 1; ++c) args.taken[c] = 0;
+  for (int p = 0; p < args.slots; p += kLanes) {
+    const int slots = args.slots - p < kLanes ? args.slots - p : kLanes;
+    for (int first = 0; first < args.channels; first += kLanes) {
+      const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
+      const uint64_t* masks = args.masks + static_cast<ptrdiff_t>(first) * args.words + p / 64;
+      const float* values = args.values + static_cast<ptrdiff_t>(first) * args.capacity;
+      uint16_t* taken = args.taken + first;
       typename Isa::Vec v[kLanes];
       unroll<kLanes>([&](auto c) ST_LAMBDA {
-        const uint64_t word = c < channels ? masks[c * args.words + p / 64] : 0;
-        const uint32_t mask = static_cast<uint32_t>(word >> p % 64) & kLaneBits;
-        v[c] = Isa::expand(mask, values[c]);
-        values[c] += __builtin_popcount(mask);
+        const uint32_t mask = c < channels ? static_cast<uint32_t>(masks[c * args.words] >> p % 64) & kLaneBits : 0;
+        v[c] = Isa::expand(mask, values + c * args.capacity + taken[c]);
+        taken[c] = static_cast<uint16_t>(taken[c] + __builtin_popcount(mask));
       });
       Isa::transpose(v);
-      const int slots = args.slots - p < kLanes ? args.slots - p : kLanes;
       unroll<kLanes>([&](auto i) ST_LAMBDA {
         if (i >= slots) return;
         float* pixel = args.pixels[p + i] + first;

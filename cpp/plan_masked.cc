@@ -10,7 +10,7 @@ namespace {
 
 // Costs in multiply-adds of a vector of the dense BWI, measured.
 constexpr double kProductCost = 1.5;   // a multiply-add of a product: bound by its load; sums over lanes come with it
-constexpr double kElementCost = 6;     // listing an element of x and storing one of dlhs
+constexpr double kElementCost = 5;     // listing an element of x and storing one of dlhs
 constexpr double kChannelCost = 60;    // of a product, per channel of a block: its filter, the mispredicted end
 constexpr double kZeroCost = 1.8;      // zeroing: reading x, writing dlhs, per element
 constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
@@ -19,8 +19,8 @@ constexpr int kOneTapFeatures = 64;    // of a step with one tap: fewer multiply
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A class along one axis: pixels phase, phase + stride, ... and the taps that
-// they meet, in the order in which these meet ascending pixels of g.
+// A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these
+// meet ascending pixels of g.
 struct AxisClass {
   PixelAxis pixels;
   TapAxis taps;
@@ -53,8 +53,7 @@ std::vector<TapAxis> cut(const TapAxis& axis) {
   return parts;
 }
 
-// The narrowest step for `left` features, or the widest there is. Half the
-// widest exists, and down to one for one tap.
+// The narrowest step for `left` features, or the widest there is. Half the widest exists, and down to one for one tap.
 int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const WeightsMachine& machine) {
   int widest = 1;
   for (int v = 1 << (kMaskedVectorChoices - 1); v >= 1; v /= 2) {
@@ -82,16 +81,14 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
   }
 }
 
-// Padding before and after the pixels of g that `pixels` pixels meet: what
-// neighbouring rows may share.
+// Padding before and after the pixels of g that `pixels` pixels meet: what neighbouring rows may share.
 int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
   const int64_t before = std::max<int64_t>(0, -axis.offset);
   const int64_t after = std::max<int64_t>(0, axis.offset + pixels + axis.taps - 1 - axis.count);
   return std::min<int64_t>({before, after, axis.taps - 1});
 }
 
-// The block with its halo stays in L1; fewest blocks, because every block reads
-// all filters.
+// The block with its halo stays in L1; fewest blocks, because every block reads all filters.
 void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   const int64_t height = cls.rows.count, width = cls.columns.count;
   int64_t fewest = 0;
@@ -147,8 +144,7 @@ void plan_product(const WeightsMachine& machine, MaskedPlan& plan) {
       plan.classes.push_back(std::move(cls));
     }
   }
-  // Lists and values of an item, some six bytes for each pixel and channel,
-  // share L2 with filters that pass by.
+  // Lists and values of an item, some six bytes for each pixel and channel, share L2 with filters that pass by.
   int64_t pixels = 1, blocks = 0;
   for (const MaskedClass& cls : plan.classes) {
     pixels = std::max(pixels, cls.block_images * cls.block_rows * cls.block_columns + 64);

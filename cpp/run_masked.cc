@@ -1,5 +1,4 @@
-// Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm,
-// plan_masked.h the blocking.
+// Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm, plan_masked.h the blocking.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -26,8 +25,7 @@ double density(const float* values, int64_t count) {
   }
   int64_t nonzeros = 0;
   for (int64_t i = 0; i < kRuns; ++i) {
-    // A multiplicative hash spreads the runs, so that no period of channels or
-    // rows is favoured.
+    // A multiplicative hash spreads the runs, so that no period of channels or rows is favoured.
     const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
     const int64_t slot = count / kRuns;
     nonzeros += table.count_nonzero(
@@ -36,16 +34,16 @@ double density(const float* values, int64_t count) {
   return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
 }
 
-// A block of pixels of a class: first image, row and column, and how many of
-// each.
+// A block of pixels of a class: first image, row and column, and how many of each.
 struct Block {
   int64_t image, row, column, images, rows, columns;
 };
 
 class MaskedRun {
  public:
-  MaskedRun(const MaskedPlan& plan, const float* g, const float* rhs, const float* x, float* dlhs, float* filter)
-      : plan_(plan), kernels_(kernels()), g_(g), rhs_(rhs), x_(x), dlhs_(dlhs), filter_(filter) {
+  MaskedRun(const MaskedPlan& plan, int threads, const float* g, const float* rhs, const float* x, float* dlhs,
+            float* filter)
+      : plan_(plan), threads_(threads), kernels_(kernels()), g_(g), rhs_(rhs), x_(x), dlhs_(dlhs), filter_(filter) {
     stream_ = plan.stream && reinterpret_cast<uintptr_t>(dlhs) % 64 == 0;
     for (const MaskedClass& cls : plan.classes) {
       for (const MaskedStep& step : cls.steps) {
@@ -62,8 +60,7 @@ class MaskedRun {
 
   int64_t packs() const { return static_cast<int64_t>(steps_.size()) * ceil_div(plan_.shape.c, kPackChannels); }
 
-  // Copies the filters of a step, for some channels, to the order in which
-  // products read them.
+  // Copies the filters of a step, for some channels, to the order in which products read them.
   void pack(int64_t index) const {
     const ConvShape& s = plan_.shape;
     const int64_t pieces = ceil_div(s.c, kPackChannels);
@@ -89,19 +86,27 @@ class MaskedRun {
   }
 
   void run(int64_t index) const {
-    const int64_t pieces = ceil_div(plan_.shape.c, plan_.channel_block);
-    const int64_t channel = index % pieces * plan_.channel_block;
-    int64_t block = index / pieces;
-    for (const MaskedClass& cls : plan_.classes) {
-      if (block < cls.block_count()) {
-        run_block(cls, block_of(cls, block), channel, std::min(plan_.channel_block, plan_.shape.c - channel));
-        return;
-      }
-      block -= cls.block_count();
-    }
+    const Item item = item_of(index);
+    const int64_t next = index + threads_;  // probably this thread's
+    run_item(item, next < items() ? item_of(next) : Item{item.cls, {}, 0, 0});
   }
 
  private:
+  struct Item {
+    const MaskedClass* cls;
+    Block block;
+    int64_t channel, channels;
+  };
+
+  Item item_of(int64_t index) const {
+    const int64_t pieces = ceil_div(plan_.shape.c, plan_.channel_block);
+    const int64_t channel = index % pieces * plan_.channel_block;
+    int64_t block = index / pieces;
+    const MaskedClass* cls = plan_.classes.data();
+    for (; block >= cls->block_count(); ++cls) block -= cls->block_count();
+    return {cls, block_of(*cls, block), channel, std::min(plan_.channel_block, plan_.shape.c - channel)};
+  }
+
   static int64_t position(const MaskedClass& cls, int64_t image, int64_t row, int64_t column) {
     return (image * cls.image_rows + row) * cls.pitch + column;
   }
@@ -124,14 +129,17 @@ class MaskedRun {
     return ((n * s.h + y) * s.w + x) * s.c;
   }
 
-  void run_block(const MaskedClass& cls, const Block& block, int64_t channel, int64_t channels) const {
+  void run_item(const Item& item, const Item& ahead) const {
+    const MaskedClass& cls = *item.cls;
+    const Block& block = item.block;
+    const int64_t channels = item.channels;
     const int64_t zeros_size = std::max(channels, plan_.shape.k) + 64, words = slots_ / 64;
     const int64_t lines = round_up(channels, 16);
     Scratch& scratch = Scratch::local();
     scratch.begin(Scratch::size<float*>(slots_) * 2 + Scratch::size<float*>(g_positions_) +
                   Scratch::size<uint16_t>(slots_) + Scratch::size<float>(zeros_size) +
                   Scratch::size<uint64_t>(lines * words) + Scratch::size<uint16_t>(lines * capacity_) +
-                  Scratch::size<uint16_t>(lines) + Scratch::size<float>(lines * capacity_) +
+                  Scratch::size<uint16_t>(lines + 16) + Scratch::size<float>(lines * capacity_) +
                   Scratch::size<float>(g_floats_) + Scratch::size<float>(capacity_));
     const float** x_pixels = scratch.take<const float*>(slots_);
     float** pixels = scratch.take<float*>(slots_);
@@ -140,23 +148,18 @@ class MaskedRun {
     float* zeros = scratch.take<float>(zeros_size);
     uint64_t* masks = scratch.take<uint64_t>(lines * words);
     uint16_t* lists = scratch.take<uint16_t>(lines * capacity_);
-    uint16_t* counts = scratch.take<uint16_t>(lines);
+    uint16_t* counts = scratch.take<uint16_t>(lines + 16);
     float* values = scratch.take<float>(lines * capacity_);
     float* g = scratch.take<float>(g_floats_);
     float* unused = scratch.take<float>(capacity_);  // pack's values: only its masks are wanted
 
     const int capacity = static_cast<int>(capacity_), channel_count = static_cast<int>(channels);
     std::fill_n(zeros, zeros_size, 0.0f);
-    int slots = 0;
-    for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t row = 0; row < block.rows; ++row) {
-        for (int64_t column = 0; column < block.columns; ++column, ++slots) {
-          const int64_t at = pixel(cls, block.image + n, block.row + row, block.column + column) + channel;
-          pixels[slots] = dlhs_ + at;
-          x_pixels[slots] = x_ + at;
-          positions[slots] = static_cast<uint16_t>(position(cls, n, row, column));
-        }
-      }
+    const int64_t slots = point_at_x(item, x_pixels);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      pixels[slot] = dlhs_ + (x_pixels[slot] - x_);
+      const int64_t row = slot / block.columns;
+      positions[slot] = static_cast<uint16_t>(position(cls, row / block.rows, row % block.rows, slot % block.columns));
     }
     // Nothing is active in the rest of the slots, nor where no tap meets the class.
     std::fill(x_pixels + (cls.steps.empty() ? 0 : slots), x_pixels + slots_, zeros);
@@ -164,21 +167,47 @@ class MaskedRun {
     kernels_.weights.pack({x_pixels, static_cast<int>(slots_), channel_count, unused, 0, masks});
     const MaskedKernels& table = kernels_.masked;
     table.lists({masks, static_cast<int>(words), channel_count, positions, lists, capacity, counts});
-    bool first = true;
-    for (const MaskedStep& step : cls.steps) {
+    // While a step computes, the g of the next one comes into L2, and a share of the next item's x.
+    const int64_t ahead_slots = point_at_x(ahead, x_pixels), steps = cls.steps.size();
+    for (int64_t i = 0; i < steps; ++i) {
+      const MaskedStep& step = cls.steps[i];
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
       const int64_t count = point_at_g(cls, step, block, zeros, g_pixels);
       kernels_.weights.copy({g_pixels, count, step.feature, step.features, g, width});
-      const float* filter = filter_ + step.filter + channel * step.rows.taps * step.columns.taps * width;
-      table.product[step.rows.taps][step.columns.taps][choice](
-          {lists, counts, capacity, channel_count, g, static_cast<int>(cls.pitch), filter, values, first});
-      first = false;
+      const WeightsPrefetch next_g = {g_pixels, i + 1 < steps ? count : 0, step.feature + width, ceil_div(width, 16)};
+      const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
+      const WeightsPrefetch next_x = {x_pixels + begin, end - begin, 0, ceil_div(ahead.channels, 16)};
+      const float* filter = filter_ + step.filter + item.channel * step.rows.taps * step.columns.taps * width;
+      table.product[step.rows.taps][step.columns.taps][choice]({lists,
+                                                                counts,
+                                                                capacity,
+                                                                channel_count,
+                                                                g,
+                                                                static_cast<int>(cls.pitch),
+                                                                filter,
+                                                                values,
+                                                                i == 0,
+                                                                {next_g, next_x}});
     }
-    table.store({masks, static_cast<int>(words), channel_count, values, capacity, pixels, slots, stream_});
+    table.store({masks, static_cast<int>(words), channel_count, values, capacity, pixels, static_cast<int>(slots),
+                 stream_, counts});
   }
 
-  // The pixels of g that a step's taps meet in a block, zeros where they meet
-  // padding.
+  // Channel 0 of the item's pixels of x, in the order of their slots; returns how many.
+  int64_t point_at_x(const Item& item, const float** pixels) const {
+    const Block& block = item.block;
+    const float** to = pixels;
+    for (int64_t n = 0; n < block.images; ++n) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        for (int64_t column = 0; column < block.columns; ++column) {
+          *to++ = x_ + pixel(*item.cls, block.image + n, block.row + row, block.column + column) + item.channel;
+        }
+      }
+    }
+    return to - pixels;
+  }
+
+  // The pixels of g that a step's taps meet in a block, zeros where they meet padding.
   int64_t point_at_g(const MaskedClass& cls, const MaskedStep& step, const Block& block, const float* zeros,
                      const float** pixels) const {
     const ConvShape& s = plan_.shape;
@@ -201,6 +230,7 @@ class MaskedRun {
   }
 
   const MaskedPlan& plan_;
+  int threads_;
   const Kernels& kernels_;
   const float *g_, *rhs_, *x_;
   float* dlhs_;
@@ -240,7 +270,7 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, co
     return;
   }
   SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
-  const MaskedRun run(plan, g, rhs, x, dlhs, filter.as<float>());
+  const MaskedRun run(plan, executor.concurrency(), g, rhs, x, dlhs, filter.as<float>());
   run_phases(executor, {{run.packs(), [&run](int64_t index) { run.pack(index); }},
                         {run.items(), [&run](int64_t index) { run.run(index); }}});
 }
