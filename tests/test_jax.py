@@ -192,7 +192,7 @@ def test_an_exported_function_runs_in_another_process(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(blob)
     dlhs, drhs = gradients(lhs, rhs)
     np.savez(tmp_path / "data.npz", lhs=lhs, rhs=rhs, dlhs=dlhs, drhs=drhs)
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "blob"), str(tmp_path / "data.npz")]
+    command = [sys.executable, "-P", "-c", LOAD, str(tmp_path / "blob"), str(tmp_path / "data.npz")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     assert run.stdout.strip() == "equal", run.stderr
 
@@ -258,7 +258,7 @@ print(float(grads[1].sum()), "/jax/compilation_cache/cache_hits" in hits)
 def test_the_persistent_compilation_cache_serves_another_process(tmp_path: Path) -> None:
     results = []
     for _ in range(2):
-        command = [sys.executable, "-c", CACHED, str(tmp_path)]
+        command = [sys.executable, "-P", "-c", CACHED, str(tmp_path)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
         assert not run.returncode, run.stderr
         results.append(run.stdout.split())

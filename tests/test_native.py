@@ -18,9 +18,13 @@ from sparsetrain_jax.shapes import ConvSpec
 
 
 def python(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a new interpreter."""
+    """Run ``code`` in a new interpreter; not with -c alone, which would find a checkout in the working directory."""
     run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     if check and run.returncode:
         raise AssertionError(run.stderr)
