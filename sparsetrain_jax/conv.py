@@ -554,10 +554,13 @@ def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: An
     """
     if density is not None and not 0 <= density <= 1:
         raise ValueError(f"density must be a fraction of non-zeros from 0 to 1, got {density}")
-    return explain_call(*_sparse_conv_call(lhs, rhs, **arguments), density)
+    relu_input = bool(arguments.get("relu_input", False))
+    return explain_call(*_sparse_conv_call(lhs, rhs, **arguments), density, relu_input)
 
 
-def explain_call(lhs: Any, rhs: Any, call: _Call, density: float | None = None) -> Explanation:
+def explain_call(
+    lhs: Any, rhs: Any, call: _Call, density: float | None = None, relu_input: bool = False
+) -> Explanation:
     """:func:`explain` for a call that is known already."""
     names = ("fwd", "bwd_input", "bwd_weights")
     if call.route is None:
@@ -565,7 +568,23 @@ def explain_call(lhs: Any, rhs: Any, call: _Call, density: float | None = None) 
     spec, route = call.route.spec, call.route
     batch, features = lhs.shape[route.lhs_axes[0]], (rhs.shape[a] for a in route.rhs_axes[-2:])
     dims = [batch, *spec.input_size, *features, *spec.kernel_size]
-    return Explanation({name: _explain(name, spec, dims, density) for name in names})
+    parts = {name: _explain(name, spec, dims, density) for name in names}
+    if relu_input and 0 not in (*dims, *spec.output_size):
+        parts["bwd_input"] = _explain_masked(spec, dims)
+    return Explanation(parts)
+
+
+def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
+    """The input gradient under ``relu_input``, which has three ways to skip or not to skip."""
+    plan = native.plan("bwd_input_masked", dims, spec.geometry)
+    if spec.mode != "auto":
+        return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
+    rule = (
+        "each call measures the zeros of lhs and of the gradient of the output and takes the cheapest: only where lhs is "
+        "non-zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero. The plan shown is for half of "
+        "lhs zero and a dense gradient"
+    )
+    return Component("dense" if plan.get("path") == "dense" else "sparse", rule, plan)
 
 
 def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
