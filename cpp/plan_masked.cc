@@ -14,6 +14,7 @@ constexpr double kElementCost = 5;     // listing an element of x and storing on
 constexpr double kChannelCost = 60;    // of a product, per channel of a block: its filter, the mispredicted end
 constexpr double kZeroCost = 1.8;      // zeroing: reading x, writing dlhs, per element
 constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
+constexpr double kMargin = 0.9;        // a product must promise this share of the other ways' cost: they are surer
 constexpr int kOneTapFeatures = 64;    // of a step with one tap: fewer multiply-adds per sum, but more pixels in L1
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -192,7 +193,7 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   plan_product(machine, plan);
   estimate(densities, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
-  plan.product = mode != Mode::kDense && plan.product_cost < ordinary;
+  plan.product = mode != Mode::kDense && plan.product_cost < kMargin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
   return plan;
 }
