@@ -581,8 +581,8 @@ def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
         return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
     rule = (
         "each call measures the zeros of lhs and of the gradient of the output and takes the cheapest: only where lhs "
-        "is not zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero (plan shown: half of lhs is "
-        "zero, the gradient dense)"
+        "is not zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero (plan shown: half of lhs "
+        "is zero, the gradient dense)"
     )
     return Component("dense" if plan.get("path") == "dense" else "sparse", rule, plan)
 
