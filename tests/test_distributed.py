@@ -45,19 +45,40 @@ def environment(directory: Path) -> dict[str, str]:
     }
 
 
-def complete(environment: dict[str, str], processes: int, losses: Path, *arguments: str) -> dict[int, float]:
+def launch(environment: dict[str, str], processes: int, output: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """Starts the processes of a run one by one, as on so many hosts; each writes to `output`.<index>."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--num-processes", str(processes))
+    started = []
+    for index in range(processes):
+        command = [sys.executable, str(EXAMPLE), *place, "--process-id", str(index), *SETTINGS, *arguments]
+        with output.with_suffix(f".{index}").open("w") as file:
+            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    return started
+
+
+def complete(environment: dict[str, str], processes: int, output: Path, *arguments: str) -> dict[int, float]:
     """A run to its end: loss by step."""
-    command = [sys.executable, str(EXAMPLE), "--local", str(processes), "--losses", str(losses), *SETTINGS, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert not run.returncode, run.stdout + run.stderr
+    losses = output.with_suffix(".json")
+    started = launch(environment, processes, output, "--losses", str(losses), *arguments)
+    codes = [process.wait(300) for process in started]
+    assert not any(codes), [output.with_suffix(f".{index}").read_text() for index in range(processes)]
     return {int(step): loss for step, loss in json.loads(losses.read_text()).items()}
+
+
+def await_checkpoint(checkpoints: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    limit = time.monotonic() + 120
+    while not (checkpoints / str(SAVE_EVERY)).exists():
+        assert time.monotonic() < limit and all(process.poll() is None for process in processes), "no checkpoint"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def whole(environment: dict[str, str], directory: Path) -> dict[int, float]:
     """Losses of two processes that nothing interrupts; saves to "whole"."""
     arguments = ("--steps", str(STEPS), "--checkpoints", str(directory / "whole"))
-    return complete(environment, 2, directory / "whole.json", *arguments)
+    return complete(environment, 2, directory / "whole_run", *arguments)
 
 
 def saved(directory: Path, step: int) -> list[np.ndarray]:
@@ -69,23 +90,17 @@ def saved(directory: Path, step: int) -> list[np.ndarray]:
 
 
 class Pair:
-    """Two processes of a run, started one by one as on two hosts, that have saved `checkpoint`."""
+    """Two processes of a run that have saved their first checkpoint."""
 
-    def __init__(self, environment: dict[str, str], checkpoints: Path, checkpoint: int, *arguments: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.outputs = [checkpoints.with_suffix(f".{index}.txt") for index in range(2)]
-        self.processes = []
-        for index, output in enumerate(self.outputs):
-            place = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(index))
-            command = [sys.executable, str(EXAMPLE), *place, "--checkpoints", str(checkpoints), *SETTINGS, *arguments]
-            with output.open("w") as file:
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-        limit = time.monotonic() + 120
-        while not (checkpoints / str(checkpoint)).exists():
-            assert time.monotonic() < limit and not any(process.poll() for process in self.processes), self.said()
-            time.sleep(0.02)
+    def __init__(self, environment: dict[str, str], checkpoints: Path, *arguments: str) -> None:
+        output = checkpoints.with_name(f"{checkpoints.name}_run")
+        self.outputs = [output.with_suffix(f".{index}") for index in range(2)]
+        self.processes = launch(environment, 2, output, "--checkpoints", str(checkpoints), *arguments)
+        try:
+            await_checkpoint(checkpoints, self.processes)
+        except AssertionError:
+            self.end()
+            pytest.fail(self.said())
 
     def said(self) -> str:
         return "\n".join(output.read_text() for output in self.outputs)
@@ -113,7 +128,7 @@ def start(environment: dict[str, str], directory: Path) -> Iterator[Any]:
     pairs: list[Pair] = []
 
     def make(name: str, *arguments: str) -> Pair:
-        pairs.append(Pair(environment, directory / name, SAVE_EVERY, *arguments))
+        pairs.append(Pair(environment, directory / name, *arguments))
         return pairs[-1]
 
     yield make
@@ -124,7 +139,7 @@ def start(environment: dict[str, str], directory: Path) -> Iterator[Any]:
 def test_two_processes_get_the_losses_of_one_with_the_whole_batch(
     environment: dict[str, str], directory: Path, whole: dict[int, float]
 ) -> None:
-    alone = complete(environment, 1, directory / "alone.json", "--steps", str(STEPS))
+    alone = complete(environment, 1, directory / "alone", "--steps", str(STEPS))
     assert list(alone) == list(whole) == list(range(1, STEPS + 1))
     # Only the order of sums over the batch differs. The longest, of the first kernel's gradient, has batch x 16 x 16
     # terms; roundings of random sign differ by about the root of that many units, four times that for the tail. Such
@@ -152,9 +167,7 @@ def test_a_run_that_lost_a_process_says_so_and_resumes_to_the_same_bits(
 
     last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     assert SAVE_EVERY <= last < STEPS
-    resumed = complete(
-        environment, 2, directory / "resumed.json", "--steps", str(STEPS), "--checkpoints", str(checkpoints)
-    )
+    resumed = complete(environment, 2, directory / "resumed", "--steps", str(STEPS), "--checkpoints", str(checkpoints))
     assert resumed == {step: loss for step, loss in whole.items() if step > last}
     for got, want in zip(saved(checkpoints, STEPS), saved(directory / "whole", STEPS), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -173,20 +186,25 @@ def test_however_a_process_is_lost_the_other_ends_within_a_minute(start: Any) ->
         assert "another task died" in output or f"error: process {survivor} of 2 cannot go on" in output, output
 
 
-def test_sigterm_to_one_process_saves_and_ends_both_in_order(directory: Path, start: Any) -> None:
-    pair = start("terminated", "--steps", "100000")
-    code, output = pair.lose(1, signal.SIGTERM)
-    assert code == pair.processes[1].wait(MINUTE) == 0, pair.said()
-    steps = sorted(int(path.name) for path in (directory / "terminated").iterdir() if path.name.isdigit())
-    assert f"Ended by SIGTERM after step {steps[-1]}" in output
+def test_sigterm_saves_and_ends_all_processes_in_order(environment: dict[str, str], directory: Path) -> None:
+    checkpoints = directory / "terminated"
+    command = [sys.executable, str(EXAMPLE), "--local", "2", "--steps", "100000", "--checkpoints", str(checkpoints)]
+    run = subprocess.Popen([*command, *SETTINGS], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        await_checkpoint(checkpoints, [run])
+        run.terminate()
+        output, _ = run.communicate(timeout=MINUTE)
+    finally:
+        run.kill()
+    assert run.returncode == 0, output
+    last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    assert f"Ended by SIGTERM after step {last}" in output
 
 
 def test_a_checkpoint_of_another_training_is_refused(
     environment: dict[str, str], directory: Path, whole: dict[int, float]
 ) -> None:
-    command = [sys.executable, str(EXAMPLE), "--local", "1", "--checkpoints", str(directory / "whole"), *SETTINGS]
-    run = subprocess.run(
-        [*command, "--steps", str(STEPS + 1)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode
-    assert "has checkpoints of a run with" in run.stderr
+    arguments = ("--checkpoints", str(directory / "whole"), "--steps", str(STEPS + 1))
+    (process,) = launch(environment, 1, directory / "refused", *arguments)
+    assert process.wait(300)
+    assert "has checkpoints of a run with" in (directory / "refused.0").read_text()
