@@ -1,6 +1,6 @@
 // Random shapes through the four operations, against a plain loop over the definition in conv.h, on every ISA of the
-// machine. Small integers, so that every order of summation gives the same bits. Meant to be built with sanitizers:
-// .ci/sanitize does. Usage: fuzz_shapes [cases] [seed]
+// machine. Small integers, so that every order of summation gives the same bits. .ci/fuzz builds and runs it.
+// Usage: fuzz_shapes [cases] [seed]
 #include <cstdio>
 #include <cstdlib>
 #include <random>
