@@ -16,24 +16,6 @@ constexpr int64_t kPackChannels = 32;  // of the kernel, packed at a time
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Fraction of non-zeros, of a sample by size alone.
-double density(const float* values, int64_t count) {
-  constexpr int64_t kRun = 64, kRuns = 512;
-  const WeightsKernels& table = kernels().weights;
-  if (count <= 4 * kRun * kRuns) {
-    return static_cast<double>(table.count_nonzero(values, count)) / static_cast<double>(count);
-  }
-  int64_t nonzeros = 0;
-  for (int64_t i = 0; i < kRuns; ++i) {
-    // A multiplicative hash spreads the runs, so that no period of channels or rows is favoured.
-    const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
-    const int64_t slot = count / kRuns;
-    nonzeros += table.count_nonzero(
-        values + i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24), kRun);
-  }
-  return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
-}
-
 // A block of pixels of a class: first image, row and column, and how many of each.
 struct Block {
   int64_t image, row, column, images, rows, columns;

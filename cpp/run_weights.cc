@@ -17,24 +17,6 @@ int log2_of(int vectors) { return __builtin_ctz(static_cast<unsigned>(vectors));
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Fraction of non-zeros. Large tensors are sampled, by size alone: short runs at places that a multiplicative hash
-// spreads, so that no period of channels or rows is favoured.
-double density(const float* values, int64_t count) {
-  constexpr int64_t kRun = 64, kRuns = 512;
-  const WeightsKernels& table = kernels().weights;
-  if (count <= 4 * kRun * kRuns) {
-    return static_cast<double>(table.count_nonzero(values, count)) / static_cast<double>(count);
-  }
-  int64_t nonzeros = 0;
-  for (int64_t i = 0; i < kRuns; ++i) {
-    const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
-    const int64_t slot = count / kRuns;
-    const int64_t at = i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24);
-    nonzeros += table.count_nonzero(values + at, kRun);
-  }
-  return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
-}
-
 struct Image {
   const float* values;
   int64_t rows, columns, channels;
