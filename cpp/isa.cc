@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
 
 namespace sparsetrain {
@@ -32,7 +33,13 @@ std::atomic<const Kernels*>& current() {
   return kernels;
 }
 
-int64_t cache_bytes(int name, int64_t fallback) {
+// Linux's own table first: for the last level of a many-chip AMD package, sysconf adds up caches that no single core
+// can fill.
+int64_t cache_bytes(int index, int name, int64_t fallback) {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+  int64_t kib = 0;
+  char unit = 0;
+  if (file >> kib >> unit && kib > 0 && unit == 'K') return kib << 10;
   const long bytes = sysconf(name);
   return bytes > 0 ? bytes : fallback;
 }
@@ -69,9 +76,9 @@ const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 const Machine& machine() {
   static const Machine machine = {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
-      cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
-      cache_bytes(_SC_LEVEL2_CACHE_SIZE, 512 << 10),
-      cache_bytes(_SC_LEVEL3_CACHE_SIZE, 8 << 20),
+      cache_bytes(0, _SC_LEVEL1_DCACHE_SIZE, 32 << 10),
+      cache_bytes(2, _SC_LEVEL2_CACHE_SIZE, 512 << 10),
+      cache_bytes(3, _SC_LEVEL3_CACHE_SIZE, 8 << 20),
 #else
       32 << 10,
       512 << 10,
