@@ -29,6 +29,7 @@ struct SweepArgs {
   float* out;            // where sums go: the tile again, or the final row
   ptrdiff_t out_pitch;   // floats between columns of out
   int out_features;      // features that exist in out, 1..vectors * lanes
+  const float* keep;     // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
   int value_lines;       // lines of 64 bytes of a pixel's block that 1-tap sweeps fetch into L1 two pixels ahead
   const char* prefetch;  // 1-tap sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
@@ -224,7 +225,6 @@ struct MaskedKernels {
   void (*lists)(const MaskedListArgs&);
   void (*product[kMaskedTaps + 1][kMaskedTaps + 1][kMaskedVectorChoices])(const MaskedProductArgs&);  // null: none
   void (*store)(const MaskedStoreArgs&);
-  void (*zero)(const float* x, float* dlhs, int64_t count);  // dlhs = 0 wherever x is zero
 };
 
 struct Kernels {

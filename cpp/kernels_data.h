@@ -42,9 +42,20 @@ struct Sweep {
     }
   }
 
-  static ST_INLINE void store_column(const SweepArgs& a, int column, const Vec (&sums)[kVectors]) {
+  static ST_INLINE void store_column(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (!inside(a, column)) return;
     float* out = a.out + column * a.out_pitch;
+    if (a.keep != nullptr) {
+      const float* keep = a.keep + column * a.out_pitch;
+      unroll<kVectors>([&](auto v) ST_LAMBDA {
+        const int lanes = a.out_features - v * kLanes;
+        if (lanes <= 0) return;
+        const Vec x = lanes >= kLanes ? Isa::load(keep + v * kLanes) : Isa::load_n(keep + v * kLanes, lanes);
+        sums[v] = Isa::keep(Isa::nonzero(x), sums[v]);
+        // Feature blocks and strided columns make holes that the hardware does not look across.
+        __builtin_prefetch(keep + 6 * a.out_pitch + v * kLanes);
+      });
+    }
     if (a.stream) {
       unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(out + v * kLanes, sums[v]); });
     } else if (a.out_features == kFeatures) {

@@ -136,15 +136,6 @@ void masked_store(const MaskedStoreArgs& args) {
   if (args.stream) Isa::stream_fence();
 }
 
-template <class Isa>
-void masked_zero(const float* x, float* dlhs, int64_t count) {
-  int64_t i = 0;
-  for (; i + Isa::kLanes <= count; i += Isa::kLanes) {
-    Isa::store(dlhs + i, Isa::keep(Isa::nonzero(Isa::load(x + i)), Isa::load(dlhs + i)));
-  }
-  for (; i < count; ++i) dlhs[i] = x[i] == 0 ? 0 : dlhs[i];
-}
-
 template <class Isa, int kRows, int kColumns, int kChoice>
 constexpr void offer_product(MaskedKernels& table) {
   if constexpr (masked_offered(kRows, kColumns, 1 << kChoice, Isa::kRegisters)) {
@@ -164,7 +155,6 @@ constexpr MaskedKernels masked_kernels() {
   MaskedKernels table{};
   table.lists = masked_lists<Isa>;
   table.store = masked_store<Isa>;
-  table.zero = masked_zero<Isa>;
   offer_product<Isa, 1, 1, 0>(table);
   return table;
 }

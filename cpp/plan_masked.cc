@@ -12,7 +12,7 @@ namespace {
 constexpr double kProductCost = 1.5;   // a multiply-add of a product: bound by its load; sums over lanes come with it
 constexpr double kElementCost = 5;     // listing an element of x and storing one of dlhs
 constexpr double kChannelCost = 60;    // of a product, per channel of a block: its filter, the mispredicted end
-constexpr double kZeroCost = 1.8;      // zeroing: reading x, writing dlhs, per element
+constexpr double kZeroCost = 0.5;      // zeroing as the result is written: reading x, per element
 constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
 constexpr double kMargin = 0.9;        // a product must promise this share of the other ways' cost: they are surer
 constexpr int kOneTapFeatures = 64;    // of a step with one tap: fewer multiply-adds per sum, but more pixels in L1

@@ -1,7 +1,7 @@
 // Plan of the masked BWI: a pure function of shape, machine and the measured densities. Nothing here touches a tensor.
 //
 // Three ways lead to the result. The *product* computes it only where x is non-zero (kernels_masked.h); or the ordinary
-// BWI computes all of it, dense or skipping the zeros of g, and what x rules out is zeroed after. The cheapest by
+// BWI computes all of it, dense or skipping the zeros of g, and writes zeros where x rules the sum out. The cheapest by
 // estimate is taken.
 //
 // The product goes by classes: pixels of x that are a stride apart meet the same taps, and neighbours in a class meet

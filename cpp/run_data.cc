@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "plan_data.h"
+#include "run_data.h"
 
 namespace sparsetrain {
 namespace {
@@ -275,6 +276,7 @@ struct Call {
   const float* input;
   const float* rhs;
   const float* packed;  // null: few tiles, each packs what it needs, one kernel row at a time
+  const float* keep;    // zeros of this, of the shape of the result, are zeros of the result; or null
   float* result;
   bool stream;
 };
@@ -294,12 +296,11 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
   args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
   args.columns = static_cast<int>(u.size());
-  const auto result_row = [&](int64_t g) {
-    const int64_t x = column_class.start + u.begin * column_class.step;
-    return call.result + (g * plan.out_columns + x) * plan.features + f0;
-  };
   const auto finish = [&](int64_t g) {
-    args.out = result_row(g);
+    const int64_t x = column_class.start + u.begin * column_class.step;
+    const int64_t row = (g * plan.out_columns + x) * plan.features + f0;
+    args.out = call.result + row;
+    args.keep = call.keep == nullptr ? nullptr : call.keep + row;
     args.out_pitch = column_class.step * plan.features;
     args.out_features = static_cast<int>(valid);
     args.stream = call.stream && valid == features;
@@ -347,6 +348,7 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
             finish(g);
           } else {
             args.out = tile;
+            args.keep = nullptr;
             args.out_pitch = features;
             args.out_features = static_cast<int>(features);
             args.stream = false;
@@ -398,8 +400,8 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   if (call.stream) call.kernels.data.stream_fence();
 }
 
-void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input, const float* rhs, float* result,
-               Executor& executor) {
+void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input, const float* rhs, const float* keep,
+               float* result, Executor& executor) {
   const Kernels& k = kernels();
   const DataPlan plan = plan_data(op, shape, machine(), k);
   const PackedKernel layout(plan, k.lanes);
@@ -408,8 +410,16 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
   const bool packs_ahead = tiles > 2;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
   const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0;
-  const Call call{
-      plan, k, layout, mode, input, rhs, packs_ahead ? packed.as<float>() : nullptr, result, plan.stream && aligned};
+  const Call call{plan,
+                  k,
+                  layout,
+                  mode,
+                  input,
+                  rhs,
+                  packs_ahead ? packed.as<float>() : nullptr,
+                  keep,
+                  result,
+                  plan.stream && aligned};
 
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
   const int64_t groups =
@@ -439,12 +449,17 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
 }  // namespace
 
 void conv_fwd(const ConvShape& shape, Mode mode, const float* lhs, const float* rhs, float* out, Executor& executor) {
-  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, out, executor);
+  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, nullptr, out, executor);
 }
 
 void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const float* rhs, float* dlhs,
                     Executor& executor) {
-  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, dlhs, executor);
+  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, nullptr, dlhs, executor);
+}
+
+void conv_bwd_input_where(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
+                          float* dlhs, Executor& executor) {
+  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, x, dlhs, executor);
 }
 
 }  // namespace sparsetrain

@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "plan_masked.h"
+#include "run_data.h"
 
 namespace sparsetrain {
 namespace {
@@ -222,15 +223,6 @@ class MaskedRun {
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 
-void zero_inactive(const float* x, float* dlhs, int64_t count, Executor& executor) {
-  constexpr int64_t kPiece = 1 << 15;
-  const auto zero = kernels().masked.zero;
-  run_phases(executor, {{ceil_div(count, kPiece), [&](int64_t item) {
-                           const int64_t begin = item * kPiece;
-                           zero(x + begin, dlhs + begin, std::min(kPiece, count - begin));
-                         }}});
-}
-
 }  // namespace
 
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
@@ -247,8 +239,7 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, co
   count(plan.sparse ? "conv_bwd_input_masked/sparse" : "conv_bwd_input_masked/dense");
   if (!plan.product) {
     // In auto it may still skip, tile by tile.
-    conv_bwd_input(shape, mode, g, rhs, dlhs, executor);
-    zero_inactive(x, dlhs, size, executor);
+    conv_bwd_input_where(shape, mode, g, rhs, x, dlhs, executor);
     return;
   }
   SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
