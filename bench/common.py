@@ -459,7 +459,8 @@ class Timing(NamedTuple):
 def interleave(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, Timing]:
     """Time all `runs` in turn, round after round, for about `budget` seconds each.
 
-    Short calls are repeated inside a sample until it lasts a few milliseconds. Three rounds at least, at any cost.
+    The order is drawn anew for each round: what a competitor leaves in the caches (one that transposes large tensors
+    leaves megabytes to be written back) costs the next one up to a third of its speed. Short calls are repeated inside a sample until it lasts a few milliseconds. Three rounds at least, at any cost.
     """
     single = {}
     for name, run in runs.items():
@@ -469,9 +470,10 @@ def interleave(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, T
     one_round = sum(single[name] * repeats[name] for name in runs)
     rounds = int(min(25, max(3, budget * len(runs) / one_round)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    rng = np.random.default_rng(0)
     for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(_clock(run, repeats[name]))
+        for name in rng.permutation(list(runs)):
+            samples[name].append(_clock(runs[name], repeats[name]))
     return {name: Timing(float(np.median(values)), min(values), values) for name, values in samples.items()}
 
 
