@@ -460,7 +460,8 @@ def interleave(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, T
     """Time all `runs` in turn, round after round, for about `budget` seconds each.
 
     The order is drawn anew for each round: what a competitor leaves in the caches (one that transposes large tensors
-    leaves megabytes to be written back) costs the next one up to a third of its speed. Short calls are repeated inside a sample until it lasts a few milliseconds. Three rounds at least, at any cost.
+    leaves megabytes to be written back) costs the next one up to a third of its speed. Short calls are repeated inside
+    a sample until it lasts a few milliseconds. Three rounds at least, at any cost.
     """
     single = {}
     for name, run in runs.items():
