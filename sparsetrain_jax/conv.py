@@ -579,6 +579,8 @@ def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
     plan = native.plan("bwd_input_masked", dims, spec.geometry)
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
+    if "lax" in plan:
+        return Component("lax", f"{plan.pop('lax')}; exactly zero where lhs is zero", plan)
     rule = (
         "each call measures the zeros of lhs and of the gradient of the output and takes the cheapest: only where lhs "
         "is not zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero (plan shown: half of lhs "

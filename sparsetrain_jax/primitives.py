@@ -220,7 +220,7 @@ def _call_native(
 
 def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> str:
     """Why ``auto`` leaves this shape to ``jax.lax``; empty if it does not."""
-    if spec.mode != "auto" or component not in (_FWD, _BWD_INPUT, _BWD_WEIGHTS):
+    if spec.mode != "auto":
         return ""
     sizes = {**component.sizes(spec, shapes), "N": 1}  # which may be symbolic, and does not matter
     plan = native.plan(component.name.removeprefix("sparse_conv_"), [sizes[d] for d in "NHWCKRS"], spec.geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -175,3 +176,27 @@ def test_a_primitive_with_operands_that_contradict_its_spec_is_a_python_error() 
         primitives.sparse_conv_bwd_weights(jnp.ones((2, 5, 6, 8)), jnp.ones((3, 5, 6, 4)), spec=spec)
     with pytest.raises(TypeError, match="one dtype"):
         primitives.sparse_conv_fwd(jnp.ones((2, 5, 6, 8)), jnp.ones((3, 3, 8, 4), jnp.bfloat16), spec=spec)
+
+
+def test_auto_leaves_every_component_to_lax_where_only_the_portable_kernels_run() -> None:
+    """They lose to XLA's vector code; forced modes still run them."""
+    lhs, rhs = jnp.ones((1, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+    before = native.isa()
+    native.set_isa("portable")
+    try:
+        for relu_input in (False, True):
+            for part in st.explain(lhs, rhs, relu_input=relu_input).values():
+                assert part.path == "lax" and "portable" in part.reason
+            for mode, runs in (("auto", 0), ("dense", 3)):
+                native.reset_counters()
+                loss = functools.partial(_squares, mode=mode, relu_input=relu_input)
+                jax.block_until_ready(jax.jit(jax.value_and_grad(loss, (0, 1)))(lhs, rhs))
+                counted = {name.split("/")[0] for name, count in native.counters().items() if count}
+                counted.discard("conv_bwd_input_masked")  # counted beside the ordinary one that it falls back to
+                assert len(counted) == runs
+    finally:
+        native.set_isa(before)
+
+
+def _squares(lhs: jax.Array, rhs: jax.Array, **arguments: Any) -> jax.Array:
+    return (st.sparse_conv(lhs, rhs, **arguments) ** 2).sum()
