@@ -197,7 +197,9 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
   plan.stream = !plan.copy && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
-  plan.dense_density = 0.97f;
+  // A visit has its own cost beside its multiply-adds, which are few where one tap meets few features, and whose masks
+  // are short where taps are folded.
+  plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.97f : plan.vectors > 4 ? 0.9f : 0.75f;
   plan.pair_density = 0.25f;
   return plan;
 }
