@@ -97,7 +97,7 @@ class _Call:
 
     def lax(self, lhs: Any, rhs: Any) -> jax.Array:
         """The stock operation; its exceptions are those of calls that it does not accept."""
-        return lax.conv_general_dilated(
+        return primitives.stock_convolution(
             lhs,
             rhs,
             self.window_strides,

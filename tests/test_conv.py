@@ -643,3 +643,12 @@ def test_plot_sparsity_draws_a_line_per_layer() -> None:
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [25, 75])
     with pytest.raises(ValueError, match="records"):
         st.plot_sparsity([])
+
+
+def test_ours_may_be_put_in_place_of_the_stock_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What falls back must reach the stock convolution, not itself."""
+    lhs, rhs = jnp.ones((1, 5, 3)), jnp.ones((3, 3, 2))  # one spatial dimension: no kernels of ours
+    arguments = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
+    want = lax.conv_general_dilated(lhs, rhs, **arguments)
+    monkeypatch.setattr(lax, "conv_general_dilated", st.conv_general_dilated)
+    np.testing.assert_array_equal(lax.conv_general_dilated(lhs, rhs, **arguments), want)
