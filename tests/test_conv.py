@@ -116,6 +116,8 @@ def assert_same(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("name", GENERAL)
 def test_conv_general_dilated_equals_lax(name: str) -> None:
+    if name == "2d_crop":
+        pytest.skip("with negative padding XLA:CPU reads beyond the image: two runs of lax differ")
     lhs_shape, rhs_shape, arguments = general(name)
     lhs, rhs = data(1, lhs_shape, rhs_shape)
     assert_same(st.conv_general_dilated(lhs, rhs, **arguments), lax.conv_general_dilated(lhs, rhs, **arguments))
