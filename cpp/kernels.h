@@ -20,6 +20,7 @@ struct SweepArgs {
   const float* values;
   ptrdiff_t value_pitch;  // floats between pixels
   const uint64_t* masks;  // a pixel's channels to visit, a bit each
+  uint64_t all_channels;  // the mask of a pixel without zeros: as many low bits as the block has channels
   uint64_t pair_mask;     // all ones: two pixels share filter loads; zero: pixel by pixel (few non-zeros)
   const float* filter;    // [channel][tap][vectors * lanes], 64-byte aligned
   int pixels;
@@ -55,6 +56,8 @@ struct DataKernels {
   // with.
   void (*fma_burst)(int64_t rounds);
   void (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
+  // The same for all channels of all pixels: neither masks nor pair_mask are looked at.
+  void (*dense_sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);
   void (*stream_fence)();  // after sweeps that streamed, before another thread may read
   int64_t (*scan)(const ScanArgs&);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.

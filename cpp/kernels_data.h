@@ -22,27 +22,44 @@
 namespace sparsetrain {
 namespace {
 
-template <class Isa, int kTaps, int kVectors>
-struct Sweep {
+// Columns of sums, from the tile to registers and from there to where they go.
+template <class Isa, int kVectors>
+struct Columns {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kFeatures = kVectors * kLanes;
   using Vec = typename Isa::Vec;
-  using Window = Vec[kTaps + 1][kVectors];
 
   static ST_INLINE bool inside(const SweepArgs& a, int column) {
     return static_cast<unsigned>(column) < static_cast<unsigned>(a.columns);
   }
 
-  static ST_INLINE void load_column(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
+  static ST_INLINE void load(const float* tile, Vec (&sums)[kVectors]) {
+    unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::load(tile + v * kLanes); });
+  }
+
+  static ST_INLINE void clear(Vec (&sums)[kVectors]) {
+    unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::zero(); });
+  }
+
+  static ST_INLINE void load_if_inside(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (a.tile != nullptr && inside(a, column)) {
-      const float* y = a.tile + static_cast<ptrdiff_t>(column) * kFeatures;
-      unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::load(y + v * kLanes); });
+      load(a.tile + static_cast<ptrdiff_t>(column) * kFeatures, sums);
     } else {
-      unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::zero(); });
+      clear(sums);
     }
   }
 
-  static ST_INLINE void store_column(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
+  // Whether whole columns go out as they are, by plain stores.
+  static ST_INLINE bool plain(const SweepArgs& a) {
+    return a.keep == nullptr && !a.stream && a.out_features == kFeatures;
+  }
+
+  static ST_INLINE void store(float* out, const Vec (&sums)[kVectors]) {
+    unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
+  }
+
+  // The other ways of a column to its place; nothing for a column that is not there.
+  static ST_INLINE void store_specially(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (!inside(a, column)) return;
     float* out = a.out + column * a.out_pitch;
     if (a.keep != nullptr) {
@@ -58,19 +75,26 @@ struct Sweep {
     }
     if (a.stream) {
       unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(out + v * kLanes, sums[v]); });
-    } else if (a.out_features == kFeatures) {
-      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
-    } else {
-      unroll<kVectors>([&](auto v) ST_LAMBDA {
-        const int lanes = a.out_features - v * kLanes;
-        if (lanes >= kLanes) {
-          Isa::store(out + v * kLanes, sums[v]);
-        } else if (lanes > 0) {
-          Isa::store_n(out + v * kLanes, sums[v], lanes);
-        }
-      });
+      return;
     }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const int lanes = a.out_features - v * kLanes;
+      if (lanes >= kLanes) {
+        Isa::store(out + v * kLanes, sums[v]);
+      } else if (lanes > 0) {
+        Isa::store_n(out + v * kLanes, sums[v], lanes);
+      }
+    });
   }
+};
+
+template <class Isa, int kTaps, int kVectors>
+struct Sweep {
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kFeatures = kVectors * kLanes;
+  using Vec = typename Isa::Vec;
+  using Columns = sparsetrain::Columns<Isa, kVectors>;
+  using Window = Vec[kTaps + 1][kVectors];
 
   static ST_INLINE int next(uint64_t& mask) {
     const int channel = __builtin_ctzll(mask);
@@ -113,21 +137,43 @@ struct Sweep {
   }
 
   // The loop visits every column once, also those that no pixel reaches: it starts before the first pixel when that is
-  // needed to load column 0, and goes on with empty masks after the last.
+  // needed to load column 0, and goes on with empty masks after the last. Most steps are `inner` ones, whose pixels and
+  // columns all exist: with few non-zeros, what a step does beside its visits is half of its time.
   static void run(const SweepArgs& args) {
     const SweepArgs a = args;
     const char* prefetch = a.prefetch;
+    const bool plain = Columns::plain(a);
     Window sums;
     unroll<(kTaps + 1) * kVectors>([&](auto i) ST_LAMBDA { sums[i / kVectors][i % kVectors] = Isa::zero(); });
     const int lead = a.first + kTaps - 1;
-    for (int x = lead > 0 ? -((lead + 1) & ~1) : -lead & ~1; a.first + x < a.columns; x += 2) {
+    const int begin = lead > 0 ? -((lead + 1) & ~1) : -lead & ~1;
+    const int inner_begin = -a.first > 0 ? -a.first : 0;
+    const int inner_end = a.columns - kTaps - a.first < a.pixels - 1 ? a.columns - kTaps - a.first : a.pixels - 1;
+    const float* pixel0 = a.values + begin * a.value_pitch;
+    const float* tile = a.tile + static_cast<ptrdiff_t>(a.first + begin + kTaps - 1) * kFeatures;
+    float* out = a.out + (a.first + begin) * a.out_pitch;
+    for (int x = begin; a.first + x < a.columns; x += 2) {
       const int column = a.first + x;
-      load_column(a, column + kTaps - 1, sums[kTaps - 1]);
-      load_column(a, column + kTaps, sums[kTaps]);
-      uint64_t mask0 = static_cast<unsigned>(x) < static_cast<unsigned>(a.pixels) ? a.masks[x] : 0;
-      uint64_t mask1 = static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.pixels) ? a.masks[x + 1] : 0;
-      const float* pixel0 = a.values + x * a.value_pitch;
+      const bool inner = x >= inner_begin && x < inner_end;
       const float* pixel1 = pixel0 + a.value_pitch;
+      uint64_t mask0, mask1;
+      if (__builtin_expect(inner, 1)) {
+        mask0 = a.masks[x];
+        mask1 = a.masks[x + 1];
+        if (a.tile != nullptr) {
+          Columns::load(tile, sums[kTaps - 1]);
+          Columns::load(tile + kFeatures, sums[kTaps]);
+        } else {
+          Columns::clear(sums[kTaps - 1]);
+          Columns::clear(sums[kTaps]);
+        }
+      } else {
+        mask0 = static_cast<unsigned>(x) < static_cast<unsigned>(a.pixels) ? a.masks[x] : 0;
+        mask1 = static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.pixels) ? a.masks[x + 1] : 0;
+        Columns::load_if_inside(a, column + kTaps - 1, sums[kTaps - 1]);
+        Columns::load_if_inside(a, column + kTaps, sums[kTaps]);
+      }
+      tile += 2 * kFeatures;
       if constexpr (kTaps == 1) {
         for (int i = 0; i < a.value_lines; ++i) {
           __builtin_prefetch(pixel1 + a.value_pitch + 16 * i, 0, 3);
@@ -141,12 +187,92 @@ struct Sweep {
       visit_both(sums, both, pixel0, pixel1, a.filter);
       visit_single<0>(sums, mask0, pixel0, a.filter);
       visit_single<1>(sums, mask1, pixel1, a.filter);
-      store_column(a, column, sums[0]);
-      store_column(a, column + 1, sums[1]);
+      pixel0 = pixel1 + a.value_pitch;
+      if (__builtin_expect(inner && plain, 1)) {
+        Columns::store(out, sums[0]);
+        Columns::store(out + a.out_pitch, sums[1]);
+      } else {
+        Columns::store_specially(a, column, sums[0]);
+        Columns::store_specially(a, column + 1, sums[1]);
+      }
+      out += 2 * a.out_pitch;
       unroll<(kTaps - 1) * kVectors>([&](auto i) ST_LAMBDA {
         constexpr int p = i / kVectors, v = i % kVectors;
         sums[p][v] = sums[p + 2][v];
       });
+    }
+  }
+};
+
+// Pixels of a step of a dense sweep: what the registers hold.
+template <class Isa, int kTaps, int kVectors>
+constexpr int dense_pixels() {
+  int pixels = 2;
+  while (pixels < 8 && (kTaps + pixels) * kVectors + pixels + 2 <= Isa::kRegisters) ++pixels;
+  return pixels;
+}
+
+// The same sums, of all channels whatever their values: with nothing to look up, a step takes more pixels, which share
+// the loads of the filter.
+template <class Isa, int kTaps, int kVectors>
+struct DenseSweep {
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kFeatures = kVectors * kLanes;
+  static constexpr int kPixels = dense_pixels<Isa, kTaps, kVectors>();
+  using Vec = typename Isa::Vec;
+  using Columns = sparsetrain::Columns<Isa, kVectors>;
+  using Window = Vec[kTaps + kPixels - 1][kVectors];
+
+  // All channels of kCount neighbouring pixels.
+  template <int kCount>
+  static ST_INLINE void visit(Window& sums, int channels, const float* pixel, ptrdiff_t pitch, const float* filter) {
+    const float* pixels[kCount];
+    unroll<kCount>([&](auto p) ST_LAMBDA { pixels[p] = pixel + p * pitch; });
+    for (int channel = 0; channel < channels; ++channel, filter += kTaps * kFeatures) {
+      Vec values[kCount];
+      unroll<kCount>([&](auto p) ST_LAMBDA { values[p] = Isa::broadcast(pixels[p] + channel); });
+      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int t = i / kVectors, v = i % kVectors;
+        const Vec w = Isa::load(filter + i * kLanes);
+        unroll<kCount>([&](auto p) ST_LAMBDA {
+          Vec& sum = sums[p + kTaps - 1 - t][v];
+          sum = Isa::fma(values[p], w, sum);
+        });
+      });
+    }
+  }
+
+  static void run(const SweepArgs& args) {
+    const SweepArgs a = args;
+    const char* prefetch = a.prefetch;
+    const bool plain = Columns::plain(a);
+    const int channels = __builtin_popcountll(a.all_channels);
+    const int lead = a.first + kTaps - 1;
+    const int begin = lead > 0 ? -(lead + kPixels - 1) / kPixels * kPixels : -lead / kPixels * kPixels;
+    Window sums;
+    unroll<kTaps - 1>([&](auto p) ST_LAMBDA { Columns::clear(sums[p]); });
+    for (int x = begin; a.first + x < a.columns; x += kPixels) {
+      const int column = a.first + x;
+      unroll<kPixels>([&](auto p)
+                          ST_LAMBDA { Columns::load_if_inside(a, column + kTaps - 1 + p, sums[kTaps - 1 + p]); });
+      // Steps begin at multiples of kPixels, so the pixels of a step that do not exist are its last or all.
+      const int left = x < 0 ? 0 : a.pixels - x;
+      const float* pixel = a.values + x * a.value_pitch;
+      for (int i = 0; i < kPixels * a.prefetch_lines / 2; ++i, prefetch += 64) __builtin_prefetch(prefetch, 0, 2);
+      if (__builtin_expect(left >= kPixels, 1)) {
+        visit<kPixels>(sums, channels, pixel, a.value_pitch, a.filter);
+      } else {
+        unroll<kPixels - 1>([&](auto p) ST_LAMBDA {
+          if (left == p + 1) visit<p + 1>(sums, channels, pixel, a.value_pitch, a.filter);
+        });
+      }
+      if (plain && column >= 0 && column + kPixels <= a.columns) {
+        unroll<kPixels>([&](auto p) ST_LAMBDA { Columns::store(a.out + (column + p) * a.out_pitch, sums[p]); });
+      } else {
+        unroll<kPixels>([&](auto p) ST_LAMBDA { Columns::store_specially(a, column + p, sums[p]); });
+      }
+      unroll<kTaps - 1>(
+          [&](auto p) ST_LAMBDA { unroll<kVectors>([&](auto v) ST_LAMBDA { sums[p][v] = sums[p + kPixels][v]; }); });
     }
   }
 };
@@ -232,6 +358,7 @@ template <class Isa, int kTaps, int kVectors>
 void offer_sweep(DataKernels& table) {
   if constexpr (fits_registers<Isa, kTaps, kVectors>()) {
     table.sweep[kTaps][kVectors] = &Sweep<Isa, kTaps, kVectors>::run;
+    table.dense_sweep[kTaps][kVectors] = &DenseSweep<Isa, kTaps, kVectors>::run;
   }
   if constexpr (kVectors < kMaxVectors) {
     offer_sweep<Isa, kTaps, kVectors + 1>(table);

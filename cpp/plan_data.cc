@@ -80,8 +80,8 @@ bool offered(const Kernels& kernels, int taps, int vectors) {
   return true;
 }
 
-// Bytes of a filter block: it shares L1 with the sums and pixels that pass by. 36 of 48 KiB lost against 32.
-int64_t filter_bytes(const Machine& machine) { return std::min<int64_t>(machine.l1_bytes * 3 / 4, 32 << 10); }
+// Bytes of a filter block: it shares L1 with the sums and pixels that pass by.
+int64_t filter_bytes(const Machine& machine) { return machine.l1_bytes * 3 / 4; }
 
 int64_t channels_in_block(const Machine& machine, int lanes, int taps, int vectors, int64_t channels) {
   const int64_t fits = filter_bytes(machine) / (4 * taps * vectors * lanes);
@@ -199,7 +199,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   plan.stream = !plan.copy && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   // A visit has its own cost beside its multiply-adds, which are few where one tap meets few features, and whose masks
   // are short where taps are folded.
-  plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.97f : plan.vectors > 4 ? 0.9f : 0.75f;
+  plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.87f : plan.vectors > 4 ? 0.82f : 0.7f;
   plan.pair_density = 0.25f;
   return plan;
 }

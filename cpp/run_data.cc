@@ -165,13 +165,10 @@ class TileInput {
     return elements == 0 ? 0.0 : static_cast<double>(nonzeros) / static_cast<double>(elements);
   }
 
-  // For dense tiles: every existing channel of every pixel is visited.
-  void fill_masks() {
-    for (int64_t b = 0; b < plan_.channel_blocks(); ++b) {
-      const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - b * plan_.channel_block);
-      const uint64_t mask = channels == 64 ? ~uint64_t{0} : (uint64_t{1} << channels) - 1;
-      std::fill_n(masks_ + b * rows_ * slot_, rows_ * slot_, mask);
-    }
+  // The mask of a pixel whose channels are all to be visited.
+  uint64_t all_channels(int64_t channel_block) const {
+    const int64_t left = plan_.channels - channel_block * plan_.channel_block;
+    return ~uint64_t{0} >> (64 - std::min<int64_t>(plan_.channel_block, left));
   }
 
   // Points a sweep at input row y of image n, for the columns `u` of a strand.
@@ -184,6 +181,7 @@ class TileInput {
     const int64_t index =
         mask_index(image.slot + y - image.rows.begin, strand.phase, channel_block) + begin - phase.pixels.begin;
     args->masks = masks_ + index;
+    args->all_channels = all_channels(channel_block);
     if (plan_.fold > 0) {
       args->values = folded_row(image.slot + y - image.rows.begin) + (begin - phase.pixels.begin) * plan_.fold +
                      channel_block * plan_.channel_block;
@@ -281,8 +279,11 @@ struct Call {
   bool stream;
 };
 
+// How the sweeps of a tile go through their input.
+enum class Walk { kDense, kPairs, kSingles };
+
 // Sums one feature block of one class of columns over all channels and taps.
-void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, Range rows, Range columns, size_t cls,
+void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows, Range columns, size_t cls,
                  int64_t block, float* sums, float* row_filter, Ahead* ahead) {
   const DataPlan& plan = call.plan;
   const ColumnClass& column_class = plan.classes[cls];
@@ -292,7 +293,8 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   const int64_t f0 = block * plan.vectors * call.kernels.lanes;
   const int64_t valid = std::min(features, plan.features - f0);
   SweepArgs args{};
-  args.pair_mask = pair_mask;
+  args.pair_mask = walk == Walk::kPairs ? ~uint64_t{0} : 0;
+  const DataKernels& table = call.kernels.data;
   // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
   args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
   args.columns = static_cast<int>(u.size());
@@ -320,7 +322,7 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
       args.tile = nullptr;
       args.pixels = 0;
       finish(g);
-      call.kernels.data.sweep[1][vectors](args);
+      table.sweep[1][vectors](args);
     }
   }
 
@@ -337,7 +339,7 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
         const Strand& strand = column_class.strands[i];
         args.filter = filter;
         filter += plan.channel_block * strand.taps * features;
-        const auto sweep = call.kernels.data.sweep[strand.taps][vectors];
+        const auto sweep = (walk == Walk::kDense ? table.dense_sweep : table.sweep)[strand.taps][vectors];
         for (int64_t g = rows.begin; g < rows.end; ++g) {
           const int64_t y = plan.input_row(g % plan.out_rows, r);
           if (y < 0) continue;
@@ -382,8 +384,7 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
                                                           input.scan(call.kernels, kSampleStep) >= plan.dense_density);
   const double density = maybe_dense && !plan.copy ? 1 : input.scan(call.kernels, 1);
   const bool dense = maybe_dense && (call.mode == Mode::kDense || density >= plan.dense_density);
-  if (dense) input.fill_masks();
-  const uint64_t pair_mask = dense || density >= plan.pair_density ? ~uint64_t{0} : 0;
+  const Walk walk = dense ? Walk::kDense : density >= plan.pair_density ? Walk::kPairs : Walk::kSingles;
   if (blocks.begin == 0) {
     const bool fwd = plan.op == DataOp::kFwd;
     count(fwd ? (dense ? "conv_fwd/dense" : "conv_fwd/sparse")
@@ -394,7 +395,7 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
               blocks.size() * plan.channel_blocks());
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, row_filter, &ahead);
+      sweep_block(call, input, walk, rows, columns, cls, block, tile, row_filter, &ahead);
     }
   }
   if (call.stream) call.kernels.data.stream_fence();
