@@ -151,12 +151,12 @@ struct Sweep {
   }
 };
 
-template <class Isa>
+template <class Isa, class T>
 int64_t scan(const ScanArgs& args) {
   const ScanArgs a = args;
   int64_t count = 0;
   for (int x = 0; x < a.pixels; ++x) {
-    const float* pixel = a.values + x * a.value_pitch;
+    const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;
     uint64_t* masks = a.masks + x;
     float* copy = a.copy != nullptr ? a.copy + static_cast<ptrdiff_t>(x) * a.block : nullptr;
     for (int c0 = 0; c0 < a.channels; c0 += a.block, masks += a.mask_pitch) {
@@ -181,15 +181,55 @@ int64_t scan(const ScanArgs& args) {
   return count;
 }
 
-template <class Isa>
-void transpose(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols) {
+template <class Isa, class T>
+void widen_values(const void* src, float* dst, int64_t count) {
+  const T* from = static_cast<const T*>(src);
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) Isa::store(dst + i, Isa::load(from + i));
+  if (i < count) {
+    const int left = static_cast<int>(count - i);
+    Isa::store_n(dst + i, Isa::load_n(from + i, left), left);
+  }
+}
+
+// kZero: keep is there.
+template <class Isa, class Keep, class Out, bool kZero>
+ST_INLINE void finish_rows(const FinishArgs& a) {
+  constexpr int kLanes = Isa::kLanes;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const float* sums = a.sums + row * a.pitch;
+    Out* out = static_cast<Out*>(a.out) + row * a.out_pitch;
+    const Keep* keep = static_cast<const Keep*>(a.keep) + (kZero ? row * a.out_pitch : 0);
+    int64_t i = 0;
+    for (; i + kLanes <= a.features; i += kLanes) {
+      typename Isa::Vec v = Isa::load(sums + i);
+      if constexpr (kZero) v = Isa::keep(Isa::nonzero(Isa::load(keep + i)), v);
+      Isa::store(out + i, v);
+    }
+    if (i < a.features) {
+      const int left = static_cast<int>(a.features - i);
+      typename Isa::Vec v = Isa::load_n(sums + i, left);
+      if constexpr (kZero) v = Isa::keep(Isa::nonzero(Isa::load_n(keep + i, left)), v);
+      Isa::store_n(out + i, v, left);
+    }
+  }
+}
+
+template <class Isa, class Keep, class Out>
+void finish(const FinishArgs& args) {
+  const FinishArgs a = args;
+  a.keep != nullptr ? finish_rows<Isa, Keep, Out, true>(a) : finish_rows<Isa, Keep, Out, false>(a);
+}
+
+template <class Isa, class T>
+void transpose(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols) {
   constexpr int kLanes = Isa::kLanes;
   for (int i = 0; i < rows; i += kLanes) {
     for (int j = 0; j < cols; j += kLanes) {
       const int width = cols - j < kLanes ? cols - j : kLanes;
       typename Isa::Vec r[kLanes];
       unroll<kLanes>([&](auto u) ST_LAMBDA {
-        const float* row = src + static_cast<ptrdiff_t>(i + u) * src_pitch + j;
+        const T* row = static_cast<const T*>(src) + static_cast<ptrdiff_t>(i + u) * src_pitch + j;
         r[u] = i + u >= rows ? Isa::zero() : width == kLanes ? Isa::load(row) : Isa::load_n(row, width);
       });
       Isa::transpose(r);
@@ -240,14 +280,24 @@ void offer_sweep(DataKernels& table) {
   }
 }
 
+template <class Isa, class T>
+void offer_data(DataKernels& table) {
+  table.scan[kIndexOf<T>] = &scan<Isa, T>;
+  table.widen[kIndexOf<T>] = &widen_values<Isa, T>;
+  table.transpose[kIndexOf<T>] = &transpose<Isa, T>;
+  table.finish[kIndexOf<T>][kIndexOf<T>] = &finish<Isa, T, T>;
+  table.finish[kIndexOf<T>][kIndexOf<float>] = &finish<Isa, T, float>;
+}
+
 template <class Isa>
 DataKernels data_kernels() {
   DataKernels table{};
   offer_sweep<Isa, 1, 1>(table);
   table.fma_burst = &fma_burst<Isa>;
   table.stream_fence = &Isa::stream_fence;
-  table.scan = &scan<Isa>;
-  table.transpose = &transpose<Isa>;
+  offer_data<Isa, float>(table);
+  offer_data<Isa, Bf16>(table);
+  offer_data<Isa, F16>(table);
   return table;
 }
 

@@ -64,7 +64,8 @@ struct DataPlan {
   int channel_block;     // channels of a filter block, <= kMaxBlock
   int64_t tile_rows;     // of the images' rows taken together
   int64_t tile_columns;  // multiple of the classes' step
-  bool copy;             // scan copies the values
+  bool pointwise;        // the kernel has one tap
+  bool copy;             // scan copies the values: kernels of several taps, and narrow values, which it widens
   int64_t in_channels;   // of the operand itself; `channels` counts folded ones
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row
@@ -81,7 +82,8 @@ struct DataPlan {
   std::pair<int64_t, int64_t> input_rows(int64_t y0, int64_t y1) const;
 };
 
-DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, const Kernels& kernels);
+// `dtype` is that of the operands.
+DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine& machine, const Kernels& kernels);
 
 // Key and value pairs for explain and tests. The key "lax", when there, holds the reason why XLA's own convolution
 // beats both paths for this shape, whatever the values; mode "auto" then takes that one.

@@ -47,7 +47,7 @@ class PackedKernel {
   }
 
   // The filter blocks of one kernel row.
-  void pack_row(const Kernels& kernels, const float* rhs, int64_t block, size_t cls, int64_t channel_block, int64_t r,
+  void pack_row(const Kernels& kernels, ConstTensor rhs, int64_t block, size_t cls, int64_t channel_block, int64_t r,
                 float* dst) const {
     const int64_t features = vectors(block) * lanes_, f0 = block * plan_.vectors * lanes_;
     const int64_t valid = std::min(features, plan_.features - f0), whole = (valid + lanes_ - 1) / lanes_ * lanes_;
@@ -59,14 +59,15 @@ class PackedKernel {
         const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
         float* to = dst + t * features;
         if (plan_.op == DataOp::kFwd) {
-          const float* src = rhs + (tap * plan_.channels + c0) * plan_.features + f0;
+          const int64_t src = (tap * plan_.channels + c0) * plan_.features + f0;
           for (int64_t c = 0; c < channels; ++c) {
-            std::memcpy(to + c * pitch, src + c * plan_.features, valid * sizeof(float));
+            kernels.data.widen[index_of(rhs.dtype)](rhs.at(src + c * plan_.features), to + c * pitch, valid);
             std::fill(to + c * pitch + valid, to + c * pitch + features, 0.0f);
           }
         } else {
-          const float* src = rhs + (tap * plan_.features + f0) * plan_.channels + c0;
-          kernels.data.transpose(src, plan_.channels, to, pitch, static_cast<int>(valid), static_cast<int>(channels));
+          const void* src = rhs.at((tap * plan_.features + f0) * plan_.channels + c0);
+          kernels.data.transpose[index_of(rhs.dtype)](src, plan_.channels, to, pitch, static_cast<int>(valid),
+                                                      static_cast<int>(channels));
           for (int64_t c = 0; c < channels && whole < features; ++c) {
             std::fill(to + c * pitch + whole, to + c * pitch + features, 0.0f);
           }
@@ -77,7 +78,7 @@ class PackedKernel {
   }
 
   // The filter blocks of all classes and kernel rows.
-  void pack(const Kernels& kernels, const float* rhs, int64_t block, int64_t channel_block, float* packed) const {
+  void pack(const Kernels& kernels, ConstTensor rhs, int64_t block, int64_t channel_block, float* packed) const {
     for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
       for (int64_t r = 0; r < plan_.kernel_rows; ++r) {
         pack_row(kernels, rhs, block, cls, channel_block, r, packed + offset(block, cls, channel_block, r));
@@ -101,7 +102,7 @@ struct Range {
 // The input of one tile: which rows and pixels, their masks and values.
 class TileInput {
  public:
-  TileInput(const DataPlan& plan, const float* input, Range rows, Range columns) : plan_(plan), input_(input) {
+  TileInput(const DataPlan& plan, ConstTensor input, Range rows, Range columns) : plan_(plan), input_(input) {
     for (int64_t n = rows.begin / plan.out_rows; n * plan.out_rows < rows.end; ++n) {
       const int64_t y0 = std::max<int64_t>(0, rows.begin - n * plan.out_rows);
       const int64_t y1 = std::min(plan.out_rows, rows.end - n * plan.out_rows);
@@ -142,8 +143,10 @@ class TileInput {
         for (size_t p = 0; p < phases_.size(); ++p) {
           if (phases_[p].pixels.size() == 0) continue;
           ScanArgs args{};
+          DType dtype = input_.dtype;
           if (plan_.fold > 0) {
-            args.values = copy_folded_row(image.n, y, row);
+            args.values = copy_folded_row(kernels, image.n, y, row);
+            dtype = DType::kF32;
             args.value_pitch = plan_.fold * step;
           } else {
             args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
@@ -157,7 +160,7 @@ class TileInput {
           const bool copy = plan_.copy && plan_.fold == 0 && step == 1;
           args.copy = copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
           args.copy_pitch = rows_ * slot_ * plan_.channel_block;
-          nonzeros += kernels.data.scan(args);
+          nonzeros += kernels.data.scan[index_of(dtype)](args);
           elements += args.pixels * plan_.channels;
         }
       }
@@ -192,7 +195,8 @@ class TileInput {
       args->values = values_ + index * plan_.channel_block;
       args->value_pitch = plan_.channel_block;
     } else {
-      args->values = pixel(n, y, strand.phase, begin) + channel_block * plan_.channel_block;
+      const void* first = pixel(n, y, strand.phase, begin);  // float32: narrow values are swept from a copy
+      args->values = static_cast<const float*>(first) + channel_block * plan_.channel_block;
       args->value_pitch = plan_.phases[strand.phase].step * plan_.channels;
     }
     args->pixels = static_cast<int>(end - begin);
@@ -218,14 +222,14 @@ class TileInput {
   float* folded_row(int64_t row) const { return values_ + row * folded_floats(); }
 
   // The windows of the tile's pixels in input row y, with the zeros of the padding.
-  const float* copy_folded_row(int64_t n, int64_t y, int64_t row) const {
+  const float* copy_folded_row(const Kernels& kernels, int64_t n, int64_t y, int64_t row) const {
     const int64_t width = plan_.in_columns * plan_.in_channels;
     const int64_t begin = phases_[0].pixels.begin * plan_.fold - plan_.fold_pad, end = begin + folded_floats();
-    const float* src = input_ + (n * plan_.in_rows + y) * width;
+    const int64_t src = (n * plan_.in_rows + y) * width;
     float* dst = folded_row(row);
     const int64_t from = std::clamp<int64_t>(0, begin, end), to = std::clamp(width, from, end);
     std::fill(dst, dst + (from - begin), 0.0f);
-    std::copy(src + from, src + to, dst + (from - begin));
+    kernels.data.widen[index_of(input_.dtype)](input_.at(src + from), dst + (from - begin), to - from);
     std::fill(dst + (to - begin), dst + (end - begin), 0.0f);
     return dst;
   }
@@ -233,13 +237,13 @@ class TileInput {
   int64_t mask_index(int64_t row, size_t phase, int64_t channel_block) const {
     return (channel_block * rows_ + row) * slot_ + phases_[phase].slot;
   }
-  const float* pixel(int64_t n, int64_t y, size_t phase, int64_t i) const {
+  const void* pixel(int64_t n, int64_t y, size_t phase, int64_t i) const {
     const int64_t x = plan_.phases[phase].start + i * plan_.phases[phase].step;
-    return input_ + ((n * plan_.in_rows + y) * plan_.in_columns + x) * plan_.channels;
+    return input_.at(((n * plan_.in_rows + y) * plan_.in_columns + x) * plan_.channels);
   }
 
   const DataPlan& plan_;
-  const float* input_;
+  ConstTensor input_;
   std::vector<Image> images_;
   std::vector<PhaseSlot> phases_;
   int64_t rows_ = 0, slot_ = 0;
@@ -250,11 +254,11 @@ class TileInput {
 // Input that this thread will probably scan next, fetched into L2 while it sweeps.
 class Ahead {
  public:
-  // `sweeps` of `columns` columns each are to fetch `floats` from `begin`.
-  Ahead(const float* begin, int64_t floats, int64_t columns, int64_t sweeps)
-      : next_(reinterpret_cast<const char*>(begin)), end_(reinterpret_cast<const char*>(begin + floats)) {
+  // `sweeps` of `columns` columns each are to fetch `bytes` from `begin`.
+  Ahead(const void* begin, int64_t bytes, int64_t columns, int64_t sweeps)
+      : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {
     const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
-    lines_ = static_cast<int>((floats / 16 + steps - 1) / steps);
+    lines_ = static_cast<int>((bytes / 64 + steps - 1) / steps);
   }
   void aim(int64_t columns, SweepArgs* args) {
     const int64_t bytes = 64 * lines_ * ((columns + 1) / 2);
@@ -273,12 +277,14 @@ struct Call {
   const Kernels& kernels;
   const PackedKernel& layout;
   Mode mode;
-  const float* input;
-  const float* rhs;
+  ConstTensor input;
+  ConstTensor rhs;
   const float* packed;  // null: few tiles, each packs what it needs, one kernel row at a time
-  const float* keep;    // zeros of this, of the shape of the result, are zeros of the result; or null
-  float* result;
+  ConstTensor keep;     // zeros of this, of the shape of the result, are zeros of the result; or null
+  Tensor result;
   bool stream;
+  // Whether the last sweep of a row leaves its sums in the tile, from where they are converted to their place.
+  bool finishes() const { return result.dtype != DType::kF32 || (keep.data != nullptr && keep.dtype != DType::kF32); }
 };
 
 // Sums one feature block of one class of columns over all channels and taps.
@@ -296,14 +302,31 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
   args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
   args.columns = static_cast<int>(u.size());
-  const auto finish = [&](int64_t g) {
+  const auto keep_in_tile = [&](int64_t g) {
+    args.out = sums + (g - rows.begin) * u.size() * features;
+    args.keep = nullptr;
+    args.out_pitch = features;
+    args.out_features = static_cast<int>(features);
+    args.stream = false;
+  };
+  // Runs the last sweep of a row of the tile.
+  const auto finish = [&](int64_t g, auto sweep) {
     const int64_t x = column_class.start + u.begin * column_class.step;
-    const int64_t row = (g * plan.out_columns + x) * plan.features + f0;
-    args.out = call.result + row;
-    args.keep = call.keep == nullptr ? nullptr : call.keep + row;
-    args.out_pitch = column_class.step * plan.features;
+    const int64_t row = (g * plan.out_columns + x) * plan.features + f0, pitch = column_class.step * plan.features;
+    const void* keep = call.keep.data == nullptr ? nullptr : call.keep.at(row);
+    if (call.finishes()) {
+      keep_in_tile(g);
+      sweep(args);
+      call.kernels.data.finish[index_of(call.input.dtype)][index_of(call.result.dtype)](
+          {args.out, features, u.size(), valid, call.result.at(row), pitch, keep});
+      return;
+    }
+    args.out = static_cast<float*>(call.result.at(row));
+    args.keep = static_cast<const float*>(keep);
+    args.out_pitch = pitch;
     args.out_features = static_cast<int>(valid);
     args.stream = call.stream && valid == features;
+    sweep(args);
   };
 
   // Kernel rows that exist for each row of the tile: [first, last], or first > last when there are none.
@@ -319,8 +342,7 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
     if (range.end < 0 || column_class.strands.empty()) {
       args.tile = nullptr;
       args.pixels = 0;
-      finish(g);
-      call.kernels.data.sweep[1][vectors](args);
+      finish(g, call.kernels.data.sweep[1][vectors]);
     }
   }
 
@@ -342,20 +364,16 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
           const int64_t y = plan.input_row(g % plan.out_rows, r);
           if (y < 0) continue;
           const Range& range = kernel_rows[g - rows.begin];
-          float* tile = sums + (g - rows.begin) * u.size() * features;
+          const float* tile = sums + (g - rows.begin) * u.size() * features;
           args.tile = cb == 0 && r == range.begin && i == 0 ? nullptr : tile;
-          if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
-            finish(g);
-          } else {
-            args.out = tile;
-            args.keep = nullptr;
-            args.out_pitch = features;
-            args.out_features = static_cast<int>(features);
-            args.stream = false;
-          }
           input.aim(g / plan.out_rows, y, strand, u, cb, &args);
           ahead->aim(u.size(), &args);
-          sweep(args);
+          if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
+            finish(g, sweep);
+          } else {
+            keep_in_tile(g);
+            sweep(args);
+          }
         }
       }
     }
@@ -390,8 +408,8 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
               : (dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse"));
   }
   // Only 1x1 kernels, where the input is one long row, do so little with a value that reading it shows.
-  Ahead ahead(call.input + next.begin * plan.channels, next.size() * plan.channels, columns.size(),
-              blocks.size() * plan.channel_blocks());
+  Ahead ahead(call.input.at(next.begin * plan.channels), next.size() * plan.channels * call.input.size(),
+              columns.size(), blocks.size() * plan.channel_blocks());
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, row_filter, &ahead);
@@ -400,16 +418,16 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   if (call.stream) call.kernels.data.stream_fence();
 }
 
-void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input, const float* rhs, const float* keep,
-               float* result, Executor& executor) {
+void conv_data(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, ConstTensor rhs, ConstTensor keep,
+               Tensor result, Executor& executor) {
   const Kernels& k = kernels();
-  const DataPlan plan = plan_data(op, shape, machine(), k);
+  const DataPlan plan = plan_data(op, shape, input.dtype, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
   const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
   const bool packs_ahead = tiles > 2;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
-  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
   const Call call{plan,
                   k,
                   layout,
@@ -436,7 +454,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
                     const int64_t step = plan.classes.front().step;
                     // Threads take items in turn, so the next of this thread is about `concurrency` items on.
                     const int64_t later = (i + executor.concurrency()) / groups * plan.tile_columns;
-                    const bool fetch = !plan.copy && row_tiles == 1 && later > column && later < plan.out_columns;
+                    const bool fetch = plan.pointwise && row_tiles == 1 && later > column && later < plan.out_columns;
                     run_tile(
                         call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
                         {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
@@ -448,17 +466,17 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
 
 }  // namespace
 
-void conv_fwd(const ConvShape& shape, Mode mode, const float* lhs, const float* rhs, float* out, Executor& executor) {
-  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, nullptr, out, executor);
+void conv_fwd(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor rhs, Tensor out, Executor& executor) {
+  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, {nullptr, lhs.dtype}, out, executor);
 }
 
-void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const float* rhs, float* dlhs,
+void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, Tensor dlhs,
                     Executor& executor) {
-  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, nullptr, dlhs, executor);
+  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, {nullptr, g.dtype}, dlhs, executor);
 }
 
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
-                          float* dlhs, Executor& executor) {
+void conv_bwd_input_where(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
+                          Executor& executor) {
   conv_data(DataOp::kBwdInput, shape, mode, g, rhs, x, dlhs, executor);
 }
 

@@ -211,13 +211,12 @@ def _call_native(
     if component.target not in native.TARGETS:  # only the masked gradient may be missing
         g, rhs, x = operands
         return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec, reduced=reduced))
+    partial = jnp.dtype(jnp.float32) if reduced else dtype  # parts of a sum are rounded once, after adding them up
     if _lax_reason(component, spec, [operand.shape for operand in operands]):
-        out = component.reference(*operands, spec=spec).astype(jnp.float32)
+        out = component.reference(*operands, spec=spec).astype(partial)
     else:
-        # The one seam between narrow dtypes and the handlers, which compute in float32.
-        wide = [operand.astype(jnp.float32) for operand in operands]
-        out = _custom_call(component).bind(*wide, spec=spec)
-    return (lax.psum(out, reduced) if reduced else out).astype(dtype)
+        out = _custom_call(component).bind(*operands, spec=spec, dtype=partial)
+    return lax.psum(out, reduced).astype(dtype) if reduced else out
 
 
 def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> str:
@@ -231,15 +230,20 @@ def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence
 
 @functools.cache
 def _custom_call(component: _Component) -> Any:
-    """The bare custom call, for lowering only: a primitive too, so that traces show it by the component's name."""
+    """The bare custom call, for lowering only: a primitive too, so that traces show it by the component's name.
 
-    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
+    It returns the dtype of its operands or float32, and converts tile by tile: no array is converted as a whole.
+    """
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec, dtype: Any) -> Any:
         geometry, mode = np.array(spec.geometry, np.int64), np.int64(MODES.index(spec.mode))
         return jax.ffi.ffi_lowering(component.target)(ctx, *operands, geometry=geometry, mode=mode)
 
     primitive = Primitive(component.name)
     primitive.def_abstract_eval(
-        lambda *avals, spec: avals[0].update(shape=component.result_shape(spec, [aval.shape for aval in avals]))
+        lambda *avals, spec, dtype: avals[0].update(
+            shape=component.result_shape(spec, [aval.shape for aval in avals]), dtype=dtype
+        )
     )
     mlir.register_lowering(primitive, lower, platform="cpu")
     return primitive
