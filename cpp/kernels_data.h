@@ -201,6 +201,11 @@ ST_INLINE void finish_rows(const FinishArgs& a) {
     Out* out = static_cast<Out*>(a.out) + row * a.out_pitch;
     const Keep* keep = static_cast<const Keep*>(a.keep) + (kZero ? row * a.out_pitch : 0);
     int64_t i = 0;
+    if constexpr (!kZero) {
+      for (; i + 2 * kLanes <= a.features; i += 2 * kLanes) {
+        Isa::store_two(out + i, Isa::load(sums + i), Isa::load(sums + i + kLanes));
+      }
+    }
     for (; i + kLanes <= a.features; i += kLanes) {
       typename Isa::Vec v = Isa::load(sums + i);
       if constexpr (kZero) v = Isa::keep(Isa::nonzero(Isa::load(keep + i)), v);

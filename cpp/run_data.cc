@@ -283,13 +283,17 @@ struct Call {
   ConstTensor keep;     // zeros of this, of the shape of the result, are zeros of the result; or null
   Tensor result;
   bool stream;
-  // Whether the last sweep of a row leaves its sums in the tile, from where they are converted to their place.
+  // Whether the last sweep of a row leaves its sums in scratch, from where they are converted to their place.
   bool finishes() const { return result.dtype != DType::kF32 || (keep.data != nullptr && keep.dtype != DType::kF32); }
+  // Of so many columns at a time. One tap does so little for a sum that converting it from L2 would show.
+  int64_t finish_columns(int64_t columns) const {
+    return finishes() && plan.pointwise ? std::min<int64_t>(columns, 16) : columns;
+  }
 };
 
 // Sums one feature block of one class of columns over all channels and taps.
 void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, Range rows, Range columns, size_t cls,
-                 int64_t block, float* sums, float* row_filter, Ahead* ahead) {
+                 int64_t block, float* sums, float* finished, float* row_filter, Ahead* ahead) {
   const DataPlan& plan = call.plan;
   const ColumnClass& column_class = plan.classes[cls];
   const Range u{columns.begin / column_class.step, std::min(column_class.columns, columns.end / column_class.step)};
@@ -301,32 +305,36 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   args.pair_mask = pair_mask;
   // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
   args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
-  args.columns = static_cast<int>(u.size());
-  const auto keep_in_tile = [&](int64_t g) {
-    args.out = sums + (g - rows.begin) * u.size() * features;
+  const auto to_scratch = [&](float* out) {
+    args.out = out;
     args.keep = nullptr;
     args.out_pitch = features;
     args.out_features = static_cast<int>(features);
     args.stream = false;
   };
-  // Runs the last sweep of a row of the tile.
-  const auto finish = [&](int64_t g, auto sweep) {
-    const int64_t x = column_class.start + u.begin * column_class.step;
-    const int64_t row = (g * plan.out_columns + x) * plan.features + f0, pitch = column_class.step * plan.features;
-    const void* keep = call.keep.data == nullptr ? nullptr : call.keep.at(row);
-    if (call.finishes()) {
-      keep_in_tile(g);
-      sweep(args);
-      call.kernels.data.finish[index_of(call.input.dtype)][index_of(call.result.dtype)](
-          {args.out, features, u.size(), valid, call.result.at(row), pitch, keep});
-      return;
+  // The last sweep of a row of the tile: sweep(part) runs it for a range of columns.
+  const auto finish = [&](int64_t g, auto&& sweep) {
+    const int64_t pitch = column_class.step * plan.features, step = call.finish_columns(u.size());
+    for (Range part{u.begin, 0}; part.begin < u.end; part.begin = part.end) {
+      part.end = std::min(u.end, part.begin + step);
+      const int64_t x = column_class.start + part.begin * column_class.step;
+      const int64_t pixel = (g * plan.out_columns + x) * plan.features + f0;
+      const void* keep = call.keep.data == nullptr ? nullptr : call.keep.at(pixel);
+      void* out = call.result.at(pixel);
+      if (call.finishes()) {
+        to_scratch(finished);
+        sweep(part);
+        call.kernels.data.finish[index_of(call.input.dtype)][index_of(call.result.dtype)](
+            {finished, features, part.size(), valid, out, pitch, keep});
+        continue;
+      }
+      args.out = static_cast<float*>(out);
+      args.keep = static_cast<const float*>(keep);
+      args.out_pitch = pitch;
+      args.out_features = static_cast<int>(valid);
+      args.stream = call.stream && valid == features;
+      sweep(part);
     }
-    args.out = static_cast<float*>(call.result.at(row));
-    args.keep = static_cast<const float*>(keep);
-    args.out_pitch = pitch;
-    args.out_features = static_cast<int>(valid);
-    args.stream = call.stream && valid == features;
-    sweep(args);
   };
 
   // Kernel rows that exist for each row of the tile: [first, last], or first > last when there are none.
@@ -342,7 +350,10 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
     if (range.end < 0 || column_class.strands.empty()) {
       args.tile = nullptr;
       args.pixels = 0;
-      finish(g, call.kernels.data.sweep[1][vectors]);
+      finish(g, [&](Range part) {
+        args.columns = static_cast<int>(part.size());
+        call.kernels.data.sweep[1][vectors](args);
+      });
     }
   }
 
@@ -364,15 +375,20 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
           const int64_t y = plan.input_row(g % plan.out_rows, r);
           if (y < 0) continue;
           const Range& range = kernel_rows[g - rows.begin];
-          const float* tile = sums + (g - rows.begin) * u.size() * features;
-          args.tile = cb == 0 && r == range.begin && i == 0 ? nullptr : tile;
-          input.aim(g / plan.out_rows, y, strand, u, cb, &args);
-          ahead->aim(u.size(), &args);
-          if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
-            finish(g, sweep);
-          } else {
-            keep_in_tile(g);
+          float* tile = sums + (g - rows.begin) * u.size() * features;
+          const bool first = cb == 0 && r == range.begin && i == 0;
+          const auto sweep_part = [&](Range part) {
+            args.columns = static_cast<int>(part.size());
+            args.tile = first ? nullptr : tile + (part.begin - u.begin) * features;
+            input.aim(g / plan.out_rows, y, strand, part, cb, &args);
+            ahead->aim(part.size(), &args);
             sweep(args);
+          };
+          if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
+            finish(g, sweep_part);
+          } else {
+            to_scratch(tile);
+            sweep_part(u);
           }
         }
       }
@@ -389,10 +405,14 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
     row_floats = std::max(row_floats, call.layout.row_floats(0, cls));
   }
+  const int64_t finished_floats =
+      call.finishes() ? call.finish_columns(columns.size()) * plan.vectors * call.kernels.lanes : 0;
   Scratch& scratch = Scratch::local();
-  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums) + Scratch::size<float>(row_floats));
+  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums) + Scratch::size<float>(finished_floats) +
+                Scratch::size<float>(row_floats));
   input.take(scratch);
   float* tile = scratch.take<float>(sums);
+  float* finished = scratch.take<float>(finished_floats);
   float* row_filter = scratch.take<float>(row_floats);
   // A dense tile needs its input scanned only for the copy, so a sample goes first.
   constexpr int64_t kSampleStep = 16;
@@ -412,7 +432,7 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
               columns.size(), blocks.size() * plan.channel_blocks());
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, row_filter, &ahead);
+      sweep_block(call, input, pair_mask, rows, columns, cls, block, tile, finished, row_filter, &ahead);
     }
   }
   if (call.stream) call.kernels.data.stream_fence();

@@ -54,6 +54,11 @@ struct Avx2 {
   static ST_INLINE Vec load_n(const F16* p, int n) { return _mm256_cvtph_ps(load_16_n(p, n)); }
   static ST_INLINE void store(F16* p, Vec v) { store_16(p, narrow_f16(v)); }
   static ST_INLINE void store_n(F16* p, Vec v, int n) { store_16_n(p, narrow_f16(v), n); }
+  template <class T>
+  static ST_INLINE void store_two(T* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
   static ST_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }

@@ -2,6 +2,7 @@
 //
 //   load, store       any alignment, of float, Bf16 or F16: lanes are float32, converted as dtype.h says
 //                                              load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
+//   store_two         both vectors, one after the other
 //   stream            aligned, may by-pass                       is not written, and is never touched in memory
 //   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   keep              the lanes named by mask, zero elsewhere
@@ -110,6 +111,11 @@ struct Portable {
   template <class Narrow>
   static ST_INLINE void store_n(Narrow* p, Vec v, int n) {
     for (int i = 0; i < n; ++i) narrow(v[i], p + i);
+  }
+  template <class T>
+  static ST_INLINE void store_two(T* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kLanes, b);
   }
   static ST_INLINE void stream(float* p, Vec v) { store(p, v); }
   static ST_INLINE void stream_fence() {}
