@@ -200,9 +200,8 @@ def markdown(records: list[Record]) -> str:
             cells.append(f"{common.number(record.x_onednn)} / {common.number(record.x_xla)}" if record else "")
         lines.append(f"| {layer} | {batch} | {component} | " + " | ".join(cells) + " |")
     first = records[0]
-    lines.append(
-        f"\n{first.isa}, {first.threads} threads, {first.dtype}, {first.mask} zeros: time of oneDNN / of XLA:CPU over ours."
-    )
+    setting = f"{first.isa}, {first.threads} threads, {first.dtype}, {first.mask} zeros"
+    lines.append(f"\n{setting}: time of oneDNN / of XLA:CPU over ours.")
     return "\n".join(lines) + "\n"
 
 

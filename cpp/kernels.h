@@ -39,6 +39,9 @@ struct SweepArgs {
   const char* prefetch;  // 1-tap sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
   bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
+  // 1-tap sweeps that finish a narrow result store it themselves: while they wait for loads, rounding is free.
+  DType out_dtype;   // float32: the above holds; else
+  void* narrow_out;  // this stands for `out`, and neither `keep` nor `stream` is there
 };
 
 // Scan of a row: masks, and a contiguous copy of the values per channel block. Channel block b of pixel i goes to
@@ -48,8 +51,8 @@ struct ScanArgs {
   ptrdiff_t value_pitch;
   int pixels;
   int channels;
-  int block;  // channels of a block, <= kMaxBlock, multiple of lanes
-  uint64_t* masks;
+  int block;        // channels of a block, <= kMaxBlock, multiple of lanes
+  uint64_t* masks;  // null: copy only, and nothing is counted
   ptrdiff_t mask_pitch;
   float* copy;  // null: masks only
   ptrdiff_t copy_pitch;

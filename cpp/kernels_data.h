@@ -42,8 +42,27 @@ struct Sweep {
     }
   }
 
+  template <class T>
+  static ST_INLINE void store_narrow(const SweepArgs& a, int column, const Vec (&sums)[kVectors]) {
+    T* out = static_cast<T*>(a.narrow_out) + column * a.out_pitch;
+    if (a.out_features == kFeatures) {
+      unroll<kVectors / 2>([&](auto v)
+                               ST_LAMBDA { Isa::store_two(out + 2 * v * kLanes, sums[2 * v], sums[2 * v + 1]); });
+      if constexpr (kVectors % 2 != 0) Isa::store(out + (kVectors - 1) * kLanes, sums[kVectors - 1]);
+      return;
+    }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const int lanes = a.out_features - v * kLanes;
+      if (lanes > 0) Isa::store_n(out + v * kLanes, sums[v], lanes < kLanes ? lanes : kLanes);
+    });
+  }
+
   static ST_INLINE void store_column(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (!inside(a, column)) return;
+    if constexpr (kTaps == 1) {
+      if (a.out_dtype == DType::kBf16) return store_narrow<Bf16>(a, column, sums);
+      if (a.out_dtype == DType::kF16) return store_narrow<F16>(a, column, sums);
+    }
     float* out = a.out + column * a.out_pitch;
     if (a.keep != nullptr) {
       const float* keep = a.keep + column * a.out_pitch;
@@ -152,8 +171,26 @@ struct Sweep {
 };
 
 template <class Isa, class T>
+void copy_blocks(const ScanArgs& a) {
+  for (int x = 0; x < a.pixels; ++x) {
+    const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;
+    float* copy = a.copy + static_cast<ptrdiff_t>(x) * a.block;
+    for (int c0 = 0; c0 < a.channels; c0 += a.block, copy += a.copy_pitch) {
+      const int channels = a.channels - c0 < a.block ? a.channels - c0 : a.block;
+      int c = 0;
+      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) Isa::store(copy + c, Isa::load(pixel + c0 + c));
+      if (c < channels) Isa::store(copy + c, Isa::load_n(pixel + c0 + c, channels - c));
+    }
+  }
+}
+
+template <class Isa, class T>
 int64_t scan(const ScanArgs& args) {
   const ScanArgs a = args;
+  if (a.masks == nullptr) {
+    copy_blocks<Isa, T>(a);
+    return 0;
+  }
   int64_t count = 0;
   for (int x = 0; x < a.pixels; ++x) {
     const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;

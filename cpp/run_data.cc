@@ -134,8 +134,9 @@ class TileInput {
     values_ = scratch.take<float>(values());
   }
 
-  // Makes masks and copies; returns the share of non-zeros. With step > 1 only looks at every step-th pixel.
-  double scan(const Kernels& kernels, int64_t step) {
+  // Makes masks and copies; returns the share of non-zeros. With step > 1 only looks at every step-th pixel. Without
+  // `masks` only copies.
+  double scan(const Kernels& kernels, int64_t step, bool masks = true) {
     int64_t nonzeros = 0, elements = 0;
     for (const Image& image : images_) {
       for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
@@ -155,12 +156,12 @@ class TileInput {
           args.pixels = static_cast<int>((phases_[p].pixels.size() + step - 1) / step);
           args.channels = static_cast<int>(plan_.channels);
           args.block = plan_.channel_block;
-          args.masks = masks_ + mask_index(row, p, 0);
+          args.masks = masks ? masks_ + mask_index(row, p, 0) : nullptr;
           args.mask_pitch = rows_ * slot_;
           const bool copy = plan_.copy && plan_.fold == 0 && step == 1;
           args.copy = copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
           args.copy_pitch = rows_ * slot_ * plan_.channel_block;
-          nonzeros += kernels.data.scan[index_of(dtype)](args);
+          if (args.masks != nullptr || args.copy != nullptr) nonzeros += kernels.data.scan[index_of(dtype)](args);
           elements += args.pixels * plan_.channels;
         }
       }
@@ -284,7 +285,10 @@ struct Call {
   Tensor result;
   bool stream;
   // Whether the last sweep of a row leaves its sums in scratch, from where they are converted to their place.
-  bool finishes() const { return result.dtype != DType::kF32 || (keep.data != nullptr && keep.dtype != DType::kF32); }
+  bool finishes() const {
+    if (keep.data != nullptr) return keep.dtype != DType::kF32;
+    return result.dtype != DType::kF32 && !plan.pointwise && plan.fold == 0;
+  }
   // Of so many columns at a time. One tap does so little for a sum that converting it from L2 would show.
   int64_t finish_columns(int64_t columns) const {
     return finishes() && plan.pointwise ? std::min<int64_t>(columns, 16) : columns;
@@ -306,6 +310,7 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
   // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
   args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
   const auto to_scratch = [&](float* out) {
+    args.out_dtype = DType::kF32;
     args.out = out;
     args.keep = nullptr;
     args.out_pitch = features;
@@ -328,6 +333,8 @@ void sweep_block(const Call& call, const TileInput& input, uint64_t pair_mask, R
             {finished, features, part.size(), valid, out, pitch, keep});
         continue;
       }
+      args.out_dtype = call.result.dtype;
+      args.narrow_out = out;
       args.out = static_cast<float*>(out);
       args.keep = static_cast<const float*>(keep);
       args.out_pitch = pitch;
@@ -416,10 +423,12 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   float* row_filter = scratch.take<float>(row_floats);
   // A dense tile needs its input scanned only for the copy, so a sample goes first.
   constexpr int64_t kSampleStep = 16;
-  const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || plan.copy ||
+  const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || !plan.pointwise ||
                                                           input.scan(call.kernels, kSampleStep) >= plan.dense_density);
-  const double density = maybe_dense && !plan.copy ? 1 : input.scan(call.kernels, 1);
-  const bool dense = maybe_dense && (call.mode == Mode::kDense || density >= plan.dense_density);
+  const bool surely_dense = maybe_dense && (call.mode == Mode::kDense || plan.pointwise);
+  if (surely_dense && plan.copy) input.scan(call.kernels, 1, false);
+  const double density = surely_dense ? 1 : input.scan(call.kernels, 1);
+  const bool dense = maybe_dense && density >= plan.dense_density;
   if (dense) input.fill_masks();
   const uint64_t pair_mask = dense || density >= plan.pair_density ? ~uint64_t{0} : 0;
   if (blocks.begin == 0) {
@@ -457,7 +466,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, 
                   packs_ahead ? packed.as<float>() : nullptr,
                   keep,
                   result,
-                  plan.stream && aligned};
+                  plan.stream && aligned && result.dtype == DType::kF32};
 
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
   const int64_t groups =

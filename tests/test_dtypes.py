@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import Case, check, same, values
+from reference import COMPONENTS, Case, check, same, values
 
 import sparsetrain_jax as st
 from sparsetrain_jax import _native, primitives
@@ -135,6 +136,51 @@ def test_a_compiled_training_step_converts_no_activations(dtype: str) -> None:
     text = jax.jit(loss).lower(*operands).compile().as_text() or ""
     assert text.count("custom-call(") == 2
     assert not re.search(r"\bconvert\(|\bf32\[", text), text
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_float32_result_leaves_narrow_operands_as_they_are(dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    lhs, rhs = (jnp.asarray(values(rng, shape, 0.5), dtype) for shape in (CASE.lhs_shape, CASE.rhs_shape))
+
+    def call(lhs: jax.Array, rhs: jax.Array, **arguments: Any) -> jax.Array:
+        return st.sparse_conv(lhs, rhs, preferred_element_type=jnp.float32, mode="sparse", **arguments)
+
+    text = jax.jit(call).lower(lhs, rhs).compile().as_text() or ""
+    assert "custom-call(" in text and not re.search(r"\bconvert\(", text), text
+    check("fwd", CASE, np.asarray(call(lhs, rhs)), lhs, rhs)
+
+    # Gradients as in jax.lax: in float32, then rounded.
+    g = jnp.asarray(values(rng, CASE.out_shape))
+    for relu_input in (False, True):
+        dlhs, drhs = jax.vjp(lambda *operands: call(*operands, relu_input=relu_input), lhs, rhs)[1](g)  # noqa: B023
+        assert np.all(np.asarray(dlhs)[np.asarray(lhs) == 0] == 0) == relu_input
+        check("bwd_weights", CASE, np.asarray(drhs), lhs, g, dtype)
+        dense = COMPONENTS["bwd_input"](CASE, g, rhs).astype(np.float32).astype(dtype)
+        dlhs = np.where(np.asarray(lhs) == 0, dense, np.asarray(dlhs)) if relu_input else np.asarray(dlhs)
+        check("bwd_input", CASE, dlhs, g, rhs, dtype)
+    tangent = jax.jvp(lambda lhs: st.conv_general_dilated(lhs, rhs, (1, 1), "SAME", **FLOAT32), (lhs,), (lhs,))[1]
+    check("fwd", CASE, np.asarray(tangent), lhs, rhs)
+
+
+FLOAT32: dict[str, Any] = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "preferred_element_type": jnp.float32}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", ["fwd", "bwd_input", "bwd_weights"])
+def test_every_primitive_may_return_float32_and_is_differentiable(name: str, dtype: str) -> None:
+    call, shapes = CALLS[name]
+    rng = np.random.default_rng(3)
+    a, b = (jnp.asarray(values(rng, shape, 0.5), dtype) for shape in shapes)
+    spec = dataclasses.replace(SPEC, result="float32")
+    got, transpose = jax.vjp(lambda a, b: call(a, b, spec=spec), a, b)
+    check(name, CASE, np.asarray(got), a, b)
+    wide = jax.vjp(lambda a, b: call(a, b, spec=SPEC), a.astype(jnp.float32), b.astype(jnp.float32))[1](got)
+    for narrow_gradient, wide_gradient in zip(transpose(got), wide, strict=True):
+        assert narrow_gradient.dtype == dtype
+        np.testing.assert_array_equal(narrow_gradient, wide_gradient.astype(dtype))
+    reference = {"fwd": primitives._FWD, "bwd_input": primitives._BWD_INPUT, "bwd_weights": primitives._BWD_WEIGHTS}
+    check(name, CASE, np.asarray(jax.jit(lambda a, b: reference[name].reference(a, b, spec=spec))(a, b)), a, b)
 
 
 # The custom calls' own contract: operands of one dtype, the result of that dtype or float32
