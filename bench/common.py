@@ -216,6 +216,7 @@ class Options:
     seed: int = 0
     check: bool = True
     baselines: tuple[str, ...] = (ONEDNN, XLA)
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass
@@ -249,6 +250,7 @@ class Record:
     xla_kind: str | None = None
     x_xla: float | None = None
     error_over_bound: float | None = None
+    dtype: str = "float32"
     untuned_gflops: float | None = None
     untuned_x_onednn: float | None = None
     untuned_x_xla: float | None = None
@@ -307,13 +309,20 @@ class Operands:
         self._rng = rng
 
     def draw(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(lhs, rhs, g) as float32 with the zeros of `case`; a sparse lhs is non-negative like a ReLU's output."""
+        """(lhs, rhs, g) with the zeros of `case`; a sparse lhs is non-negative like a ReLU's output."""
         x, g = self._x, self._g
         if case.lhs_sparsity > 0:
             x = np.abs(x) * mask_nonzero(x.shape, case.lhs_sparsity, self._options.mask, self._rng)
         if case.g_sparsity > 0:
             g = g * mask_nonzero(g.shape, case.g_sparsity, self._options.mask, self._rng)
-        return x, self.w, g
+        dtype = _numpy_dtype(self._options.dtype)
+        return x.astype(dtype, copy=False), self.w.astype(dtype, copy=False), g.astype(dtype, copy=False)
+
+
+def _numpy_dtype(name: str) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.dtype(name)
 
 
 # ---------------------------------------------------------------------------------------------------------- competitors
@@ -343,10 +352,9 @@ class Compiled(NamedTuple):
     text: str
 
 
-def compile_jax(layer: Layer, batch: int, component: str, which: str, mode: str) -> Compiled:
+def compile_jax(layer: Layer, batch: int, component: str, which: str, mode: str, dtype: str = "float32") -> Compiled:
     """Compile one component through the public API: ours (`sparse_conv`) or XLA's (`lax.conv_general_dilated`)."""
     import jax
-    import jax.numpy as jnp
     from jax import lax
 
     strides, padding = (layer.stride,) * 2, ((layer.pad,) * 2,) * 2
@@ -367,7 +375,7 @@ def compile_jax(layer: Layer, batch: int, component: str, which: str, mode: str)
         (layer.kernel, layer.kernel, layer.in_features, layer.features),
         (batch, layer.out_size, layer.out_size, layer.features),
     ]
-    avals = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    avals = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     compiled = jax.jit(_component_of(conv, component)).lower(*avals).compile()
     return Compiled(compiled, compiled.as_text() or "")
 
@@ -403,17 +411,17 @@ def torch_competitors(case: Case, arrays: tuple[np.ndarray, np.ndarray, np.ndarr
     except ImportError:
         return []
     layer = case.layer
-    x, w, g = arrays
-    channels_last = torch.channels_last
-    tx, tg = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(g).permute(0, 3, 1, 2)
-    tw = torch.from_numpy(w).permute(3, 2, 0, 1).contiguous(memory_format=channels_last)
+    channels_last, dtype = torch.channels_last, getattr(torch, str(arrays[0].dtype))
+    x, w, g = (torch.from_numpy(array.astype(np.float32)).to(dtype) for array in arrays)
+    tx, tg = x.permute(0, 3, 1, 2), g.permute(0, 3, 1, 2)
+    tw = w.permute(3, 2, 0, 1).contiguous(memory_format=channels_last)
     pads, strides, ones = [layer.pad] * 2, [layer.stride] * 2, [1, 1]
 
     def backward(which: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(tg, tx, tw, None, strides, pads, ones, False, [0, 0], 1, which)
 
     def competitor(run: Callable[[], Any], order: tuple[int, ...], label: str) -> Competitor:
-        return Competitor(run, lambda: run().permute(*order).contiguous().numpy(), label)
+        return Competitor(run, lambda: run().permute(*order).contiguous().float().numpy(), label)
 
     nhwc, hwio = (0, 2, 3, 1), (2, 3, 1, 0)
     if case.component == FWD:
@@ -483,12 +491,18 @@ def _ratio(base: Timing, ours: Timing) -> float:
 
 
 def error_over_bound(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray, terms: int) -> float:
-    """max |got - want| over 8 eps sqrt(terms) sum|a||b|.
+    """max |got - want| over 8 eps sqrt(terms) sum|a||b|, plus one rounding of `got` if it is narrow.
 
     Each of two float32 sums in different orders strays from the true one by about eps sqrt(terms) of the largest
     partial sum, itself at most sum|a||b| (`magnitude`). An answer of all zeros fails.
     """
+    import jax.numpy as jnp
+
     bound = 8 * np.finfo(np.float32).eps * math.sqrt(terms) * magnitude + np.finfo(np.float32).tiny
+    if got.dtype != np.float32:
+        limits = jnp.finfo(got.dtype)
+        bound += float(limits.eps) * (np.abs(want) + bound) / 2 + float(limits.smallest_subnormal)
+        got = got.astype(np.float32)
     return float(np.max(np.abs(got - want) / bound, initial=0.0)) if got.shape == want.shape else math.inf
 
 
@@ -563,13 +577,13 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
     compiled: dict[tuple[Any, ...], Compiled] = {}
     operands: tuple[Any, Operands] | None = None
 
-    def compiled_for(case: Case, which: str) -> Compiled:
+    def compiled_for(case: Case, which: str, dtype: str) -> Compiled:
         component = case.component
         if which == XLA:  # one dense program serves both ways to check BWW, and BWI with and without the mask
             component = {BWW_G: BWW_LHS, BWI_MASKED: BWI}.get(component, component)
-        key = (case.layer.name, case.batch, component, which)
+        key = (case.layer.name, case.batch, component, which, dtype)
         if key not in compiled:
-            compiled[key] = compile_jax(case.layer, case.batch, component, which, options.mode)
+            compiled[key] = compile_jax(case.layer, case.batch, component, which, options.mode, dtype)
         return compiled[key]
 
     ordered = sorted(cases, key=lambda case: list(LAYERS).index(case.layer.name) if case.layer.name in LAYERS else -1)
@@ -584,7 +598,7 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
                 compiled.clear()
             arrays = operands[1].draw(case)
             on_device = [jnp.asarray(array) for array in arrays]
-            ours_compiled = compiled_for(case, OURS)
+            ours_compiled = compiled_for(case, OURS, options.dtype)
             targets = our_calls(ours_compiled.text)
             if len(targets) > 1:
                 raise RuntimeError(
@@ -594,9 +608,9 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
             if ONEDNN in options.baselines and (way := _fastest(torch_competitors(case, arrays))):
                 entries[ONEDNN] = way
             if XLA in options.baselines:
-                program = compiled_for(case, XLA)
+                program = compiled_for(case, XLA, options.dtype)
                 entries[XLA] = jax_competitor(program, xla_kind(program.text), on_device)
-            error = _check(case, entries, arrays, compiled_for(case, XLA)) if options.check else None
+            error = _check(case, entries, arrays, compiled_for(case, XLA, "float32")) if options.check else None
             path = counters.path_of(entries[OURS].run, targets)
             times = interleave({name: entry.run for name, entry in entries.items()}, options.budget)
             records.append(_record(case, options, st.isa(), entries, times, path, error))
@@ -613,18 +627,23 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
 
 
 def _check(case: Case, entries: dict[str, Competitor], arrays: Sequence[np.ndarray], dense: Compiled) -> float:
-    """Compare our answer with every baseline's (`dense` if there are none); the worst error relative to its bound."""
+    """Compare our answer with every baseline's (`dense` if there are none); the worst error relative to its bound.
+
+    Narrow answers are compared with `dense` on the same operands in float32: baselines may accumulate in less.
+    """
     layer = case.layer
     terms = {
         FWD: layer.kernel**2 * layer.in_features,
         BWI: layer.kernel**2 * layer.features,
         BWI_MASKED: layer.kernel**2 * layer.features,
     }.get(case.component, case.batch * layer.out_size**2)
+    narrow = arrays[0].dtype != np.float32
+    arrays = [array.astype(np.float32, copy=False) for array in arrays]
     # float32 sums of non-negative terms are accurate enough for a bound.
     magnitude = np.asarray(dense.call(*(np.abs(array) for array in arrays)))
     got = entries[OURS].result()
     masked = arrays[0] != 0 if case.component == BWI_MASKED else None
-    wanted = {name: entry.result() for name, entry in entries.items() if name != OURS}
+    wanted = {} if narrow else {name: entry.result() for name, entry in entries.items() if name != OURS}
     if not wanted:
         wanted[XLA] = np.asarray(dense.call(*arrays))
     worst = 0.0
@@ -667,6 +686,7 @@ def _record(
         gflops=gflop / ours.median,
         path=path,
         error_over_bound=error,
+        dtype=options.dtype,
     )
     if onednn := times.get(ONEDNN):
         record.onednn_s, record.onednn_min_s, record.x_onednn = onednn.median, onednn.minimum, _ratio(onednn, ours)

@@ -39,6 +39,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images; default 16, and 4 for inputs of 112x112 and above")
     parser.add_argument("--mask", choices=("iid", "blobs"), default="iid", help="how zeros are spread")
     parser.add_argument("--mode", choices=("auto", "sparse", "dense"), default="auto")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arrays, baselines' too"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for each competitor of each case")
     parser.add_argument("--baselines", default="onednn,xla", help="of onednn, xla; empty for none")
@@ -92,6 +95,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         budget=arguments.budget / (2 if arguments.untuned_child else 1),
         check=not arguments.untuned_child,
         baselines=tuple(filter(None, arguments.baselines.split(","))),
+        dtype=arguments.dtype,
     )
 
 
@@ -103,7 +107,7 @@ def print_results(records: list[Record], console: Console) -> None:
     peak = common.number(first.peak_gflops, ".0f")
     threads = f"{first.threads} thread{'s'[: first.threads > 1]}"
     console.print(
-        f"\n{first.isa}, {threads}, {first.mask} zeros, mode={first.mode}; measured peak {peak} GF/s.\n"
+        f"\n{first.isa}, {threads}, {first.dtype}, {first.mask} zeros, mode={first.mode}; measured peak {peak} GF/s.\n"
         "GF/s dense-equivalent, medians; ratios: time of the other over ours, above 1 we win."
     )
     if first.untuned_gflops is not None:
@@ -196,7 +200,8 @@ def markdown(records: list[Record]) -> str:
             cells.append(f"{common.number(record.x_onednn)} / {common.number(record.x_xla)}" if record else "")
         lines.append(f"| {layer} | {batch} | {component} | " + " | ".join(cells) + " |")
     first = records[0]
-    lines.append(f"\n{first.isa}, {first.threads} threads, {first.mask} zeros: time of oneDNN / of XLA:CPU over ours.")
+    setting = f"{first.isa}, {first.threads} threads, {first.dtype}, {first.mask} zeros"
+    lines.append(f"\n{setting}: time of oneDNN / of XLA:CPU over ours.")
     return "\n".join(lines) + "\n"
 
 
@@ -285,7 +290,7 @@ def memory_of(case: Case, who: str, options: Options) -> float | None:
         torch.set_grad_enabled(False)
         run = ways[0].run
     else:
-        compiled = common.compile_jax(case.layer, case.batch, case.component, who, options.mode)
+        compiled = common.compile_jax(case.layer, case.batch, case.component, who, options.mode, options.dtype)
         run = common.jax_competitor(compiled, who, [jnp.asarray(array) for array in arrays]).run
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status_kib("VmRSS")
@@ -325,7 +330,7 @@ def print_memory(arguments: argparse.Namespace, argv: Sequence[str], console: Co
             common.BWI_MASKED: case.batch * layer.size**2 * layer.in_features,
         }.get(case.component, layer.kernel**2 * layer.in_features * layer.features)
         cells = [common.number(columns[who][index], ".1f") for who in people]
-        size = f"{elements * 4 / 2**20:.1f}"
+        size = f"{elements * (4 if arguments.dtype == 'float32' else 2) / 2**20:.1f}"
         table.add_row(layer.name, case.component, str(case.batch), f"{case.skippable:.2f}", size, *cells)
     console.print(table)
 

@@ -7,6 +7,9 @@
 //                     what conv_bwd_input computes wherever x (of the shape of lhs) is non-zero, and exactly zero
 //                     wherever x is zero, even if g or rhs holds Inf or NaN
 //
+// The operands of a call are all float32, all bfloat16 or all float16 (dtype.h); sums are float32, and the result is
+// rounded once to the dtype of the operands, or stays float32.
+//
 // Layouts are Flax's own, dense and row-major: lhs and dlhs NHWC [n,h,w,c], rhs and drhs HWIO [r,s,c,k],
 // out and g NHWC [n,oh,ow,k]. Indices outside lhs are zero padding.
 //
@@ -18,6 +21,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "dtype.h"
 
 namespace sparsetrain {
 
@@ -37,12 +42,11 @@ enum class Mode : int64_t {
 
 class Executor;  // parallel.h
 
-void conv_fwd(const ConvShape& shape, Mode mode, const float* lhs, const float* rhs, float* out, Executor& executor);
-void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const float* rhs, float* dlhs,
-                    Executor& executor);
-void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const float* g, float* drhs,
+void conv_fwd(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor rhs, Tensor out, Executor& executor);
+void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, Tensor dlhs, Executor& executor);
+void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor g, Tensor drhs,
                       Executor& executor);
-void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
-                           float* dlhs, Executor& executor);
+void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
+                           Tensor dlhs, Executor& executor);
 
 }  // namespace sparsetrain

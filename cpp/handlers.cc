@@ -2,6 +2,8 @@
 
 #include <cstring>
 #include <exception>
+#include <initializer_list>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -14,8 +16,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 using Geometry = ffi::Span<const int64_t>;
-using F32 = ffi::Buffer<ffi::F32, 4>;
-using Result = ffi::Result<F32>;
+using Operand = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
 
 class XlaExecutor : public Executor {
  public:
@@ -66,53 +68,96 @@ ffi::Error make_shape(const char* op, Geometry geometry, ffi::Span<const int64_t
   return ffi::Error::Success();
 }
 
+std::optional<DType> dtype_of(const ffi::AnyBuffer& buffer) {
+  switch (buffer.element_type()) {
+    case ffi::F32:
+      return DType::kF32;
+    case ffi::BF16:
+      return DType::kBf16;
+    case ffi::F16:
+      return DType::kF16;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Ranks and dtypes; make_shape may then index dimensions.
+template <class... Operands>
+ffi::Error check_buffers(const char* op, Result& result, const Operand& first, const Operands&... others) {
+  const auto fail = [op](const std::string& what) {
+    return ffi::Error::InvalidArgument(std::string(op) + ": " + what);
+  };
+  for (const Operand* buffer : std::initializer_list<const Operand*>{&first, &others..., &*result}) {
+    if (buffer->dimensions().size() != 4) {
+      return fail("every array must have 4 dimensions, one has " + std::to_string(buffer->dimensions().size()));
+    }
+    if (!dtype_of(*buffer)) return fail("every array must be float32, bfloat16 or float16");
+  }
+  if (((others.element_type() != first.element_type()) || ...)) return fail("operands must have one dtype");
+  if (result->element_type() != first.element_type() && result->element_type() != ffi::F32) {
+    return fail("the result must have the dtype of the operands or be float32");
+  }
+  return ffi::Error::Success();
+}
+
 template <auto operation, class... Operands>
 ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int64_t mode, Result& result,
                const Operands&... operands) {
   if (result->element_count() == 0) return ffi::Error::Success();
   if (((operands.element_count() == 0) || ...)) {
-    std::memset(result->typed_data(), 0, result->size_bytes());
+    std::memset(result->untyped_data(), 0, result->size_bytes());
     return ffi::Error::Success();
   }
   try {
     XlaExecutor executor(pool);
-    operation(shape, static_cast<Mode>(mode), operands.typed_data()..., result->typed_data(), executor);
+    operation(shape, static_cast<Mode>(mode), ConstTensor{operands.untyped_data(), *dtype_of(operands)}...,
+              Tensor{result->untyped_data(), *dtype_of(*result)}, executor);
   } catch (const std::exception& e) {
     return ffi::Error::Internal(std::string(op) + ": " + e.what());
   }
   return ffi::Error::Success();
 }
 
-ffi::Error conv_fwd_handler(ffi::ThreadPool pool, F32 lhs, F32 rhs, Result out, Geometry geometry, int64_t mode) {
+ffi::Error conv_fwd_handler(ffi::ThreadPool pool, Operand lhs, Operand rhs, Result out, Geometry geometry,
+                            int64_t mode) {
+  constexpr const char* kOp = "sparse_conv_fwd";
   ConvShape shape;
-  ffi::Error error =
-      make_shape("sparse_conv_fwd", geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode, &shape);
+  ffi::Error error = check_buffers(kOp, out, lhs, rhs);
   if (error.failure()) return error;
-  return run<conv_fwd>("sparse_conv_fwd", pool, shape, mode, out, lhs, rhs);
+  error = make_shape(kOp, geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode, &shape);
+  if (error.failure()) return error;
+  return run<conv_fwd>(kOp, pool, shape, mode, out, lhs, rhs);
 }
 
-ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, F32 g, F32 rhs, Result dlhs, Geometry geometry, int64_t mode) {
+ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, Operand g, Operand rhs, Result dlhs, Geometry geometry,
+                                  int64_t mode) {
+  constexpr const char* kOp = "sparse_conv_bwd_input";
   ConvShape shape;
-  ffi::Error error =
-      make_shape("sparse_conv_bwd_input", geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
+  ffi::Error error = check_buffers(kOp, dlhs, g, rhs);
   if (error.failure()) return error;
-  return run<conv_bwd_input>("sparse_conv_bwd_input", pool, shape, mode, dlhs, g, rhs);
+  error = make_shape(kOp, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
+  if (error.failure()) return error;
+  return run<conv_bwd_input>(kOp, pool, shape, mode, dlhs, g, rhs);
 }
 
-ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, F32 lhs, F32 g, Result drhs, Geometry geometry,
+ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, Operand lhs, Operand g, Result drhs, Geometry geometry,
                                     int64_t mode) {
+  constexpr const char* kOp = "sparse_conv_bwd_weights";
   ConvShape shape;
-  ffi::Error error = make_shape("sparse_conv_bwd_weights", geometry, lhs.dimensions(), drhs->dimensions(),
-                                g.dimensions(), mode, &shape);
+  ffi::Error error = check_buffers(kOp, drhs, lhs, g);
   if (error.failure()) return error;
-  return run<conv_bwd_weights>("sparse_conv_bwd_weights", pool, shape, mode, drhs, lhs, g);
+  error = make_shape(kOp, geometry, lhs.dimensions(), drhs->dimensions(), g.dimensions(), mode, &shape);
+  if (error.failure()) return error;
+  return run<conv_bwd_weights>(kOp, pool, shape, mode, drhs, lhs, g);
 }
 
-ffi::Error conv_bwd_input_masked_handler(ffi::ThreadPool pool, F32 g, F32 rhs, F32 x, Result dlhs, Geometry geometry,
-                                         int64_t mode) {
+ffi::Error conv_bwd_input_masked_handler(ffi::ThreadPool pool, Operand g, Operand rhs, Operand x, Result dlhs,
+                                         Geometry geometry, int64_t mode) {
   constexpr const char* kOp = "sparse_conv_bwd_input_masked";
   ConvShape shape;
-  ffi::Error error = make_shape(kOp, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
+  ffi::Error error = check_buffers(kOp, dlhs, g, rhs, x);
+  if (error.failure()) return error;
+  error = make_shape(kOp, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
   if (error.failure()) return error;
   for (size_t i = 0; i < 4; ++i) {
     if (x.dimensions()[i] == dlhs->dimensions()[i]) continue;
@@ -126,10 +171,15 @@ ffi::Error conv_bwd_input_masked_handler(ffi::ThreadPool pool, F32 g, F32 rhs, F
 // Everything after the operands.
 template <class Binding>
 auto finish(Binding binding) {
-  return std::move(binding).template Ret<F32>().template Attr<Geometry>("geometry").template Attr<int64_t>("mode");
+  return std::move(binding)
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<Geometry>("geometry")
+      .template Attr<int64_t>("mode");
 }
-auto two_operands() { return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>()); }
-auto three_operands() { return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>()); }
+auto two_operands() { return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Operand>().Arg<Operand>()); }
+auto three_operands() {
+  return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Operand>().Arg<Operand>().Arg<Operand>());
+}
 
 XLA_FFI_DEFINE_HANDLER(conv_fwd_v1, conv_fwd_handler, two_operands());
 XLA_FFI_DEFINE_HANDLER(conv_bwd_input_v1, conv_bwd_input_handler, two_operands());

@@ -1,6 +1,9 @@
 #include "isa.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -12,12 +15,21 @@
 namespace sparsetrain {
 namespace {
 
+#if defined(__x86_64__)
+// Not among the names that every compiler's __builtin_cpu_supports knows.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> list;
 #if defined(__x86_64__)
   // These ask CPUID for the instructions and XCR0 for whether the operating system saves the registers.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     list.push_back(&kKernelsAvx512);
@@ -104,18 +116,18 @@ double measure_peak(double seconds) {
   return rates[rates.size() / 2];
 }
 
-double density(const float* values, int64_t count) {
+double density(ConstTensor values, int64_t count) {
   constexpr int64_t kRun = 64, kRuns = 512;
-  const WeightsKernels& table = kernels().weights;
+  const auto count_nonzero = kernels().weights.count_nonzero[index_of(values.dtype)];
   if (count <= 4 * kRun * kRuns) {
-    return static_cast<double>(table.count_nonzero(values, count)) / static_cast<double>(count);
+    return static_cast<double>(count_nonzero(values.data, count)) / static_cast<double>(count);
   }
   int64_t nonzeros = 0;
   for (int64_t i = 0; i < kRuns; ++i) {
     const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
     const int64_t slot = count / kRuns;
     const int64_t at = i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24);
-    nonzeros += table.count_nonzero(values + at, kRun);
+    nonzeros += count_nonzero(values.at(at), kRun);
   }
   return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
 }

@@ -1,9 +1,14 @@
 // The table of kernels that one instruction set offers. The code around the kernels is compiled once, for any machine,
 // and reaches them through this table only. kernels_<isa>.cc instantiate kernels_data.h and kernels_weights.h.
+//
+// Kernels that read or write tensors come by element type: [kDTypes] is indexed with index_of(dtype), the pointers have
+// no type, and pitches and offsets count elements. Everything between them is float32.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "dtype.h"
 
 namespace sparsetrain {
 
@@ -35,20 +40,34 @@ struct SweepArgs {
   const char* prefetch;  // 1-tap sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
   bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
+  // 1-tap sweeps that finish a narrow result store it themselves: while they wait for loads, rounding is free.
+  DType out_dtype;   // float32: the above holds; else
+  void* narrow_out;  // this stands for `out`, and neither `keep` nor `stream` is there
 };
 
 // Scan of a row: masks, and a contiguous copy of the values per channel block. Channel block b of pixel i goes to
 // masks[b*mask_pitch + i] and copy[b*copy_pitch + i*block + ...]; tails are zero. Returns the number of non-zeros.
 struct ScanArgs {
-  const float* values;
+  const void* values;
   ptrdiff_t value_pitch;
   int pixels;
   int channels;
-  int block;  // channels of a block, <= kMaxBlock, multiple of lanes
-  uint64_t* masks;
+  int block;        // channels of a block, <= kMaxBlock, multiple of lanes
+  uint64_t* masks;  // null: copy only, and nothing is counted
   ptrdiff_t mask_pitch;
   float* copy;  // null: masks only
   ptrdiff_t copy_pitch;
+};
+
+// Moves rows of sums to their place in a tensor: out[row][i] = sums[row][i], i < features.
+struct FinishArgs {
+  const float* sums;
+  ptrdiff_t pitch;  // floats between rows
+  int64_t rows;
+  int64_t features;
+  void* out;
+  ptrdiff_t out_pitch;
+  const void* keep;  // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
 };
 
 struct DataKernels {
@@ -59,9 +78,11 @@ struct DataKernels {
   // The same for all channels of all pixels: neither masks nor pair_mask are looked at.
   void (*dense_sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);
   void (*stream_fence)();  // after sweeps that streamed, before another thread may read
-  int64_t (*scan)(const ScanArgs&);
+  int64_t (*scan[kDTypes])(const ScanArgs&);
+  void (*widen[kDTypes])(const void* src, float* dst, int64_t count);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.
-  void (*transpose)(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);
+  void (*transpose[kDTypes])(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);
+  void (*finish[kDTypes][kDTypes])(const FinishArgs&);  // [of keep][of out]; null unless they agree or out is float32
 };
 
 // BWW, see kernels_weights.h for the algorithm. The *checked* operand is lhs or g; the other one is the *dense*
@@ -82,8 +103,8 @@ constexpr bool walk_offered(int rows, int columns, int vectors, int registers) {
 
 // Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
 struct WeightsPackArgs {
-  const float* const* pixels;  // channel 0 of each position; positions without a pixel point to zeros
-  int positions;               // multiple of 64
+  const void* const* pixels;  // channel 0 of each position; positions without a pixel point to zeros
+  int positions;              // multiple of 64
   int channels;
   float* values;  // [channel][value_pitch]; written for channels rounded up to lanes
   ptrdiff_t value_pitch;
@@ -92,7 +113,7 @@ struct WeightsPackArgs {
 
 // Copies `features` of the pixels of the dense operand to [position][width]; the rest of width is zero.
 struct WeightsCopyArgs {
-  const float* const* pixels;  // of each position; where it is padding, zeros
+  const void* const* pixels;  // of each position; where it is padding, zeros
   int64_t positions;
   int64_t feature;  // the first
   int features;
@@ -102,10 +123,10 @@ struct WeightsCopyArgs {
 
 // Lines that a later kernel will read: fetched into L2 bit by bit while this one computes.
 struct WeightsPrefetch {
-  const float* const* pixels;
+  const void* const* pixels;
   int64_t count;   // of pixels
-  int64_t offset;  // floats from a pixel to the first line
-  int64_t lines;   // of 16 floats
+  int64_t offset;  // bytes from a pixel to the first line
+  int64_t lines;   // of 64 bytes
 };
 
 // Where the sums of a walk or tile live between pixel blocks, and where they go after the last one.
@@ -147,7 +168,7 @@ struct WeightsTileArgs {
 
 // Copies pixels to the layout that tiles read: groups of `group` channels, pixel by pixel, zero beyond `channels`.
 struct WeightsGroupArgs {
-  const float* const* pixels;
+  const void* const* pixels;
   int64_t count;
   int channels;
   float* values;  // room for one vector beyond the end
@@ -159,19 +180,19 @@ struct WeightsTransposeArgs {
   const float* sums;  // [channel][channel_pitch]
   ptrdiff_t channel_pitch;
   int channels, features;
-  float* out;
+  void* out;
   ptrdiff_t out_pitch;
 };
 
 struct WeightsKernels {
-  int64_t (*count_nonzero)(const float* values, int64_t count);
-  int64_t (*pack)(const WeightsPackArgs&);  // returns the number of non-zeros
-  void (*copy)(const WeightsCopyArgs&);
+  int64_t (*count_nonzero[kDTypes])(const void* values, int64_t count);
+  int64_t (*pack[kDTypes])(const WeightsPackArgs&);  // returns the number of non-zeros
+  void (*copy[kDTypes])(const WeightsCopyArgs&);
   void (*walk[kMaxTapRows + 1][kMaxTapColumns + 1][kVectorChoices])(const WeightsWalkArgs&);  // null: not offered
-  void (*group[kVectorChoices])(const WeightsGroupArgs&);                                     // null beyond 4 vectors
+  void (*group[kDTypes][kVectorChoices])(const WeightsGroupArgs&);                            // null beyond 4 vectors
   void (*tile[kVectorChoices])(const WeightsTileArgs&);
   int tile_channels[kVectorChoices];
-  void (*transpose)(const WeightsTransposeArgs&);
+  void (*transpose[kDTypes])(const WeightsTransposeArgs&);
 };
 
 // Masked BWI, see kernels_masked.h for the algorithm. The pixels of a block of x are its *slots*; a *position* is a
@@ -218,16 +239,16 @@ struct MaskedStoreArgs {
   int channels;
   const float* values;
   int capacity;
-  float* const* pixels;  // channel 0 of each slot
+  void* const* pixels;  // channel 0 of each slot
   int slots;
-  bool stream;
+  bool stream;      // float32 only
   uint16_t* taken;  // [channel rounded up to lanes], scratch
 };
 
 struct MaskedKernels {
   void (*lists)(const MaskedListArgs&);
   void (*product[kMaskedTaps + 1][kMaskedTaps + 1][kMaskedVectorChoices])(const MaskedProductArgs&);  // null: none
-  void (*store)(const MaskedStoreArgs&);
+  void (*store[kDTypes])(const MaskedStoreArgs&);
 };
 
 struct Kernels {

@@ -23,7 +23,7 @@ namespace sparsetrain {
 namespace {
 
 // Columns of sums, from the tile to registers and from there to where they go.
-template <class Isa, int kVectors>
+template <class Isa, int kTaps, int kVectors>
 struct Columns {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kFeatures = kVectors * kLanes;
@@ -51,16 +51,35 @@ struct Columns {
 
   // Whether whole columns go out as they are, by plain stores.
   static ST_INLINE bool plain(const SweepArgs& a) {
-    return a.keep == nullptr && !a.stream && a.out_features == kFeatures;
+    return a.keep == nullptr && !a.stream && a.out_features == kFeatures && a.out_dtype == DType::kF32;
   }
 
   static ST_INLINE void store(float* out, const Vec (&sums)[kVectors]) {
     unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
   }
 
+  template <class T>
+  static ST_INLINE void store_narrow(const SweepArgs& a, int column, const Vec (&sums)[kVectors]) {
+    T* out = static_cast<T*>(a.narrow_out) + column * a.out_pitch;
+    if (a.out_features == kFeatures) {
+      unroll<kVectors / 2>([&](auto v)
+                               ST_LAMBDA { Isa::store_two(out + 2 * v * kLanes, sums[2 * v], sums[2 * v + 1]); });
+      if constexpr (kVectors % 2 != 0) Isa::store(out + (kVectors - 1) * kLanes, sums[kVectors - 1]);
+      return;
+    }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const int lanes = a.out_features - v * kLanes;
+      if (lanes > 0) Isa::store_n(out + v * kLanes, sums[v], lanes < kLanes ? lanes : kLanes);
+    });
+  }
+
   // The other ways of a column to its place; nothing for a column that is not there.
   static ST_INLINE void store_specially(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (!inside(a, column)) return;
+    if constexpr (kTaps == 1) {
+      if (a.out_dtype == DType::kBf16) return store_narrow<Bf16>(a, column, sums);
+      if (a.out_dtype == DType::kF16) return store_narrow<F16>(a, column, sums);
+    }
     float* out = a.out + column * a.out_pitch;
     if (a.keep != nullptr) {
       const float* keep = a.keep + column * a.out_pitch;
@@ -93,7 +112,7 @@ struct Sweep {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kFeatures = kVectors * kLanes;
   using Vec = typename Isa::Vec;
-  using Columns = sparsetrain::Columns<Isa, kVectors>;
+  using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
   using Window = Vec[kTaps + 1][kVectors];
 
   static ST_INLINE int next(uint64_t& mask) {
@@ -220,7 +239,7 @@ struct DenseSweep {
   static constexpr int kFeatures = kVectors * kLanes;
   static constexpr int kPixels = dense_pixels<Isa, kTaps, kVectors>();
   using Vec = typename Isa::Vec;
-  using Columns = sparsetrain::Columns<Isa, kVectors>;
+  using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
   using Window = Vec[kTaps + kPixels - 1][kVectors];
 
   // All channels of kCount neighbouring pixels.
@@ -277,12 +296,30 @@ struct DenseSweep {
   }
 };
 
-template <class Isa>
+template <class Isa, class T>
+void copy_blocks(const ScanArgs& a) {
+  for (int x = 0; x < a.pixels; ++x) {
+    const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;
+    float* copy = a.copy + static_cast<ptrdiff_t>(x) * a.block;
+    for (int c0 = 0; c0 < a.channels; c0 += a.block, copy += a.copy_pitch) {
+      const int channels = a.channels - c0 < a.block ? a.channels - c0 : a.block;
+      int c = 0;
+      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) Isa::store(copy + c, Isa::load(pixel + c0 + c));
+      if (c < channels) Isa::store(copy + c, Isa::load_n(pixel + c0 + c, channels - c));
+    }
+  }
+}
+
+template <class Isa, class T>
 int64_t scan(const ScanArgs& args) {
   const ScanArgs a = args;
+  if (a.masks == nullptr) {
+    copy_blocks<Isa, T>(a);
+    return 0;
+  }
   int64_t count = 0;
   for (int x = 0; x < a.pixels; ++x) {
-    const float* pixel = a.values + x * a.value_pitch;
+    const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;
     uint64_t* masks = a.masks + x;
     float* copy = a.copy != nullptr ? a.copy + static_cast<ptrdiff_t>(x) * a.block : nullptr;
     for (int c0 = 0; c0 < a.channels; c0 += a.block, masks += a.mask_pitch) {
@@ -307,15 +344,60 @@ int64_t scan(const ScanArgs& args) {
   return count;
 }
 
-template <class Isa>
-void transpose(const float* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols) {
+template <class Isa, class T>
+void widen_values(const void* src, float* dst, int64_t count) {
+  const T* from = static_cast<const T*>(src);
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) Isa::store(dst + i, Isa::load(from + i));
+  if (i < count) {
+    const int left = static_cast<int>(count - i);
+    Isa::store_n(dst + i, Isa::load_n(from + i, left), left);
+  }
+}
+
+// kZero: keep is there.
+template <class Isa, class Keep, class Out, bool kZero>
+ST_INLINE void finish_rows(const FinishArgs& a) {
+  constexpr int kLanes = Isa::kLanes;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const float* sums = a.sums + row * a.pitch;
+    Out* out = static_cast<Out*>(a.out) + row * a.out_pitch;
+    const Keep* keep = static_cast<const Keep*>(a.keep) + (kZero ? row * a.out_pitch : 0);
+    int64_t i = 0;
+    if constexpr (!kZero) {
+      for (; i + 2 * kLanes <= a.features; i += 2 * kLanes) {
+        Isa::store_two(out + i, Isa::load(sums + i), Isa::load(sums + i + kLanes));
+      }
+    }
+    for (; i + kLanes <= a.features; i += kLanes) {
+      typename Isa::Vec v = Isa::load(sums + i);
+      if constexpr (kZero) v = Isa::keep(Isa::nonzero(Isa::load(keep + i)), v);
+      Isa::store(out + i, v);
+    }
+    if (i < a.features) {
+      const int left = static_cast<int>(a.features - i);
+      typename Isa::Vec v = Isa::load_n(sums + i, left);
+      if constexpr (kZero) v = Isa::keep(Isa::nonzero(Isa::load_n(keep + i, left)), v);
+      Isa::store_n(out + i, v, left);
+    }
+  }
+}
+
+template <class Isa, class Keep, class Out>
+void finish(const FinishArgs& args) {
+  const FinishArgs a = args;
+  a.keep != nullptr ? finish_rows<Isa, Keep, Out, true>(a) : finish_rows<Isa, Keep, Out, false>(a);
+}
+
+template <class Isa, class T>
+void transpose(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols) {
   constexpr int kLanes = Isa::kLanes;
   for (int i = 0; i < rows; i += kLanes) {
     for (int j = 0; j < cols; j += kLanes) {
       const int width = cols - j < kLanes ? cols - j : kLanes;
       typename Isa::Vec r[kLanes];
       unroll<kLanes>([&](auto u) ST_LAMBDA {
-        const float* row = src + static_cast<ptrdiff_t>(i + u) * src_pitch + j;
+        const T* row = static_cast<const T*>(src) + static_cast<ptrdiff_t>(i + u) * src_pitch + j;
         r[u] = i + u >= rows ? Isa::zero() : width == kLanes ? Isa::load(row) : Isa::load_n(row, width);
       });
       Isa::transpose(r);
@@ -367,14 +449,24 @@ void offer_sweep(DataKernels& table) {
   }
 }
 
+template <class Isa, class T>
+void offer_data(DataKernels& table) {
+  table.scan[kIndexOf<T>] = &scan<Isa, T>;
+  table.widen[kIndexOf<T>] = &widen_values<Isa, T>;
+  table.transpose[kIndexOf<T>] = &transpose<Isa, T>;
+  table.finish[kIndexOf<T>][kIndexOf<T>] = &finish<Isa, T, T>;
+  table.finish[kIndexOf<T>][kIndexOf<float>] = &finish<Isa, T, float>;
+}
+
 template <class Isa>
 DataKernels data_kernels() {
   DataKernels table{};
   offer_sweep<Isa, 1, 1>(table);
   table.fma_burst = &fma_burst<Isa>;
   table.stream_fence = &Isa::stream_fence;
-  table.scan = &scan<Isa>;
-  table.transpose = &transpose<Isa>;
+  offer_data<Isa, float>(table);
+  offer_data<Isa, Bf16>(table);
+  offer_data<Isa, F16>(table);
   return table;
 }
 

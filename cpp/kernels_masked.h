@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "kernels_weights.h"
@@ -101,7 +102,7 @@ struct MaskedProduct {
 };
 
 // A few pixels, all their channels, at a time: their lines follow each other in dlhs.
-template <class Isa>
+template <class Isa, class T>
 void masked_store(const MaskedStoreArgs& args) {
   constexpr int kLanes = Isa::kLanes;
   constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
@@ -122,14 +123,14 @@ void masked_store(const MaskedStoreArgs& args) {
       Isa::transpose(v);
       unroll<kLanes>([&](auto i) ST_LAMBDA {
         if (i >= slots) return;
-        float* pixel = args.pixels[p + i] + first;
-        if (channels < kLanes) {
-          Isa::store_n(pixel, v[i], channels);
-        } else if (args.stream) {
-          Isa::stream(pixel, v[i]);
-        } else {
-          Isa::store(pixel, v[i]);
+        T* pixel = static_cast<T*>(args.pixels[p + i]) + first;
+        if constexpr (std::is_same_v<T, float>) {
+          if (args.stream && channels == kLanes) {
+            Isa::stream(pixel, v[i]);
+            return;
+          }
         }
+        channels < kLanes ? Isa::store_n(pixel, v[i], channels) : Isa::store(pixel, v[i]);
       });
     }
   }
@@ -154,7 +155,9 @@ template <class Isa>
 constexpr MaskedKernels masked_kernels() {
   MaskedKernels table{};
   table.lists = masked_lists<Isa>;
-  table.store = masked_store<Isa>;
+  table.store[kIndexOf<float>] = masked_store<Isa, float>;
+  table.store[kIndexOf<Bf16>] = masked_store<Isa, Bf16>;
+  table.store[kIndexOf<F16>] = masked_store<Isa, F16>;
   offer_product<Isa, 1, 1, 0>(table);
   return table;
 }

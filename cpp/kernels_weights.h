@@ -66,7 +66,7 @@ class Prefetcher {
   }
   ST_INLINE void turn() {
     for (int64_t i = 0; i < quota_ && pixel_ != end_; ++i) {
-      __builtin_prefetch(*pixel_ + offset_ + 16 * line_, 0, 2);
+      __builtin_prefetch(static_cast<const char*>(*pixel_) + offset_ + 64 * line_, 0, 2);
       if (++line_ == lines_) {
         line_ = 0;
         ++pixel_;
@@ -75,8 +75,8 @@ class Prefetcher {
   }
 
  private:
-  const float* const* pixel_;
-  const float* const* end_;
+  const void* const* pixel_;
+  const void* const* end_;
   int64_t offset_, lines_, quota_, line_ = 0;
 };
 
@@ -252,9 +252,10 @@ struct Tile {
     }
   }
 
+  template <class T>
   static void group(const WeightsGroupArgs& args) {
     for (int64_t i = 0; i < args.count; ++i) {
-      const float* from = args.pixels[i];
+      const T* from = static_cast<const T*>(args.pixels[i]);
       float* to = args.values + i * kChannels;
       for (int first = 0; first < args.channels; first += kChannels, to += args.group_pitch) {
         // Whole vectors may run into the next pixel, which is written after this one.
@@ -272,8 +273,9 @@ struct Tile {
 
 // ---- moving data ----
 
-template <class Isa>
-int64_t weights_count_nonzero(const float* values, int64_t count) {
+template <class Isa, class T>
+int64_t weights_count_nonzero(const void* from, int64_t count) {
+  const T* values = static_cast<const T*>(from);
   int64_t nonzeros = 0, i = 0;
   for (; i + Isa::kLanes <= count; i += Isa::kLanes)
     nonzeros += __builtin_popcount(Isa::nonzero(Isa::load(values + i)));
@@ -283,22 +285,23 @@ int64_t weights_count_nonzero(const float* values, int64_t count) {
   return nonzeros;
 }
 
-template <class Isa>
+template <class Isa, class T>
 struct Pack {
   using Vec = typename Isa::Vec;
   static constexpr int kLanes = Isa::kLanes;
 
   // 64 positions of kLanes channels, of which `channels` exist.
-  static ST_INLINE int64_t word(const float* const* pixels, int64_t first, int channels, float* values,
+  static ST_INLINE int64_t word(const void* const* pixels, int64_t first, int channels, float* values,
                                 ptrdiff_t value_pitch, uint64_t* masks, ptrdiff_t mask_pitch) {
     uint64_t mask[kLanes];
     unroll<kLanes>([&](auto c) ST_LAMBDA { mask[c] = 0; });
     for (int p = 0; p < 64; p += kLanes) {
       Vec v[kLanes];
       if (channels == kLanes) {
-        unroll<kLanes>([&](auto i) ST_LAMBDA { v[i] = Isa::load(pixels[p + i] + first); });
+        unroll<kLanes>([&](auto i) ST_LAMBDA { v[i] = Isa::load(static_cast<const T*>(pixels[p + i]) + first); });
       } else {
-        unroll<kLanes>([&](auto i) ST_LAMBDA { v[i] = Isa::load_n(pixels[p + i] + first, channels); });
+        unroll<kLanes>([&](auto i)
+                           ST_LAMBDA { v[i] = Isa::load_n(static_cast<const T*>(pixels[p + i]) + first, channels); });
       }
       Isa::transpose(v);
       unroll<kLanes>([&](auto c) ST_LAMBDA {
@@ -329,12 +332,12 @@ struct Pack {
   }
 };
 
-template <class Isa>
+template <class Isa, class T>
 void weights_copy(const WeightsCopyArgs& args) {
   constexpr int kLanes = Isa::kLanes;
   float* to = args.to;
   for (int64_t i = 0; i < args.positions; ++i, to += args.width) {
-    const float* from = args.pixels[i] + args.feature;
+    const T* from = static_cast<const T*>(args.pixels[i]) + args.feature;
     int f = 0;
     for (; f + kLanes <= args.features; f += kLanes) Isa::store(to + f, Isa::load(from + f));
     if (f < args.features) {
@@ -345,7 +348,7 @@ void weights_copy(const WeightsCopyArgs& args) {
   }
 }
 
-template <class Isa>
+template <class Isa, class T>
 void weights_transpose(const WeightsTransposeArgs& args) {
   constexpr int kLanes = Isa::kLanes;
   for (int c = 0; c < args.channels; c += kLanes) {
@@ -357,7 +360,7 @@ void weights_transpose(const WeightsTransposeArgs& args) {
         v[i] = i < channels ? Isa::load(args.sums + (c + i) * args.channel_pitch + f) : Isa::zero();
       });
       Isa::transpose(v);
-      float* out = args.out + f * args.out_pitch + c;
+      T* out = static_cast<T*>(args.out) + f * args.out_pitch + c;
       unroll<kLanes>([&](auto i) ST_LAMBDA {
         if (i < features) Isa::store_n(out + i * args.out_pitch, v[i], channels);
       });
@@ -383,18 +386,27 @@ constexpr void offer_walk(WeightsKernels& table) {
 
 template <class Isa, int kChoice>
 constexpr void offer_tile(WeightsKernels& table) {
-  table.group[kChoice] = Tile<Isa, (1 << kChoice)>::group;
+  table.group[kIndexOf<float>][kChoice] = Tile<Isa, (1 << kChoice)>::template group<float>;
+  table.group[kIndexOf<Bf16>][kChoice] = Tile<Isa, (1 << kChoice)>::template group<Bf16>;
+  table.group[kIndexOf<F16>][kChoice] = Tile<Isa, (1 << kChoice)>::template group<F16>;
   table.tile[kChoice] = Tile<Isa, (1 << kChoice)>::run;
   table.tile_channels[kChoice] = tile_channels<Isa, (1 << kChoice)>();
+}
+
+template <class Isa, class T>
+constexpr void offer_moves(WeightsKernels& table) {
+  table.count_nonzero[kIndexOf<T>] = weights_count_nonzero<Isa, T>;
+  table.pack[kIndexOf<T>] = Pack<Isa, T>::run;
+  table.copy[kIndexOf<T>] = weights_copy<Isa, T>;
+  table.transpose[kIndexOf<T>] = weights_transpose<Isa, T>;
 }
 
 template <class Isa>
 constexpr WeightsKernels weights_kernels() {
   WeightsKernels table{};
-  table.count_nonzero = weights_count_nonzero<Isa>;
-  table.pack = Pack<Isa>::run;
-  table.copy = weights_copy<Isa>;
-  table.transpose = weights_transpose<Isa>;
+  offer_moves<Isa, float>(table);
+  offer_moves<Isa, Bf16>(table);
+  offer_moves<Isa, F16>(table);
   offer_walk<Isa, 1, 1, 0>(table);
   offer_tile<Isa, 0>(table);
   offer_tile<Isa, 1>(table);

@@ -125,10 +125,10 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
   // Partial sums of a tile and one feature block: a fifth of L2; tiles from a quarter of that are worth their filter
   // traffic, and there should be enough for the threads of any machine.
   constexpr int64_t kTiles = 16;
-  // Without a copy, every feature block reads the tile's input itself again: it should stay in L2, beside the next
-  // tile's that is fetched meanwhile; but a tile of few pixels is not worth its filter traffic.
+  // One tap: every feature block reads all of the tile's input again. It should stay in L2, beside the next tile's that
+  // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic.
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
-  const int64_t input_limit = plan->copy ? INT64_MAX : std::max(fits / 4, std::min<int64_t>(fits / 2, 128));
+  const int64_t input_limit = !plan->pointwise ? INT64_MAX : std::max(fits / 4, std::min<int64_t>(fits / 2, 128));
   const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
                 worth = std::max<int64_t>(16, most / 4);
   const int64_t step = plan->classes.front().step;
@@ -165,7 +165,7 @@ std::pair<int64_t, int64_t> DataPlan::input_rows(int64_t y0, int64_t y1) const {
   return {begin, std::clamp<int64_t>(end, begin, in_rows)};
 }
 
-DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, const Kernels& kernels) {
+DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine& machine, const Kernels& kernels) {
   DataPlan plan{};
   plan.op = op;
   const bool fwd = op == DataOp::kFwd;
@@ -192,11 +192,12 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, co
   }
   const int taps = widest_strand(plan);
   choose_vectors(machine, kernels, taps, &plan);
-  plan.copy = shape.r * shape.s > 1;
+  plan.pointwise = shape.r * shape.s == 1;
+  plan.copy = !plan.pointwise || dtype != DType::kF32;
   choose_blocks(machine, kernels, taps, &plan);
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
-  plan.stream = !plan.copy && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
+  plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   // A visit has its own cost beside its multiply-adds, which are few where one tap meets few features, and whose masks
   // are short where taps are folded.
   plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.87f : plan.vectors > 4 ? 0.82f : 0.7f;

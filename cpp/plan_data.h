@@ -13,7 +13,9 @@
 // Along y no splitting is needed: each row of the result has a list of (input row, kernel row).
 //
 // Blocking, from outside in, in the order of the loops in run_data.cc:
-//   tile           rows x columns of the result, for all features: its input is scanned once (masks, contiguous copy)
+//   tile           rows x columns of the result, for all features: its input is scanned once (masks, contiguous copy).
+//                  Narrow values are widened into that copy, so sweeps read float32; it stays in L2 as the input does
+//                  that is swept in place
 //   feature block  vectors * lanes features; partial sums of a tile and one block stay in L2
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
 //   kernel row, strand, row of the tile: one sweep
@@ -64,7 +66,8 @@ struct DataPlan {
   int channel_block;     // channels of a filter block, <= kMaxBlock
   int64_t tile_rows;     // of the images' rows taken together
   int64_t tile_columns;  // multiple of the classes' step
-  bool copy;             // scan copies the values
+  bool pointwise;        // the kernel has one tap
+  bool copy;             // scan copies the values: kernels of several taps, and narrow values, which it widens
   int64_t in_channels;   // of the operand itself; `channels` counts folded ones
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row
@@ -81,7 +84,8 @@ struct DataPlan {
   std::pair<int64_t, int64_t> input_rows(int64_t y0, int64_t y1) const;
 };
 
-DataPlan plan_data(DataOp op, const ConvShape& shape, const Machine& machine, const Kernels& kernels);
+// `dtype` is that of the operands.
+DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine& machine, const Kernels& kernels);
 
 // Key and value pairs for explain and tests. The key "lax", when there, holds the reason why XLA's own convolution
 // beats both paths for this shape, whatever the values; mode "auto" then takes that one.

@@ -47,7 +47,7 @@ class PackedKernel {
   }
 
   // The filter blocks of one kernel row.
-  void pack_row(const Kernels& kernels, const float* rhs, int64_t block, size_t cls, int64_t channel_block, int64_t r,
+  void pack_row(const Kernels& kernels, ConstTensor rhs, int64_t block, size_t cls, int64_t channel_block, int64_t r,
                 float* dst) const {
     const int64_t features = vectors(block) * lanes_, f0 = block * plan_.vectors * lanes_;
     const int64_t valid = std::min(features, plan_.features - f0), whole = (valid + lanes_ - 1) / lanes_ * lanes_;
@@ -59,14 +59,15 @@ class PackedKernel {
         const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
         float* to = dst + t * features;
         if (plan_.op == DataOp::kFwd) {
-          const float* src = rhs + (tap * plan_.channels + c0) * plan_.features + f0;
+          const int64_t src = (tap * plan_.channels + c0) * plan_.features + f0;
           for (int64_t c = 0; c < channels; ++c) {
-            std::memcpy(to + c * pitch, src + c * plan_.features, valid * sizeof(float));
+            kernels.data.widen[index_of(rhs.dtype)](rhs.at(src + c * plan_.features), to + c * pitch, valid);
             std::fill(to + c * pitch + valid, to + c * pitch + features, 0.0f);
           }
         } else {
-          const float* src = rhs + (tap * plan_.features + f0) * plan_.channels + c0;
-          kernels.data.transpose(src, plan_.channels, to, pitch, static_cast<int>(valid), static_cast<int>(channels));
+          const void* src = rhs.at((tap * plan_.features + f0) * plan_.channels + c0);
+          kernels.data.transpose[index_of(rhs.dtype)](src, plan_.channels, to, pitch, static_cast<int>(valid),
+                                                      static_cast<int>(channels));
           for (int64_t c = 0; c < channels && whole < features; ++c) {
             std::fill(to + c * pitch + whole, to + c * pitch + features, 0.0f);
           }
@@ -77,7 +78,7 @@ class PackedKernel {
   }
 
   // The filter blocks of all classes and kernel rows.
-  void pack(const Kernels& kernels, const float* rhs, int64_t block, int64_t channel_block, float* packed) const {
+  void pack(const Kernels& kernels, ConstTensor rhs, int64_t block, int64_t channel_block, float* packed) const {
     for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
       for (int64_t r = 0; r < plan_.kernel_rows; ++r) {
         pack_row(kernels, rhs, block, cls, channel_block, r, packed + offset(block, cls, channel_block, r));
@@ -101,7 +102,7 @@ struct Range {
 // The input of one tile: which rows and pixels, their masks and values.
 class TileInput {
  public:
-  TileInput(const DataPlan& plan, const float* input, Range rows, Range columns) : plan_(plan), input_(input) {
+  TileInput(const DataPlan& plan, ConstTensor input, Range rows, Range columns) : plan_(plan), input_(input) {
     for (int64_t n = rows.begin / plan.out_rows; n * plan.out_rows < rows.end; ++n) {
       const int64_t y0 = std::max<int64_t>(0, rows.begin - n * plan.out_rows);
       const int64_t y1 = std::min(plan.out_rows, rows.end - n * plan.out_rows);
@@ -133,8 +134,9 @@ class TileInput {
     values_ = scratch.take<float>(values());
   }
 
-  // Makes masks and copies; returns the share of non-zeros. With step > 1 only looks at every step-th pixel.
-  double scan(const Kernels& kernels, int64_t step) {
+  // Makes masks and copies; returns the share of non-zeros. With step > 1 only looks at every step-th pixel. Without
+  // `masks` only copies.
+  double scan(const Kernels& kernels, int64_t step, bool masks = true) {
     int64_t nonzeros = 0, elements = 0;
     for (const Image& image : images_) {
       for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
@@ -142,8 +144,10 @@ class TileInput {
         for (size_t p = 0; p < phases_.size(); ++p) {
           if (phases_[p].pixels.size() == 0) continue;
           ScanArgs args{};
+          DType dtype = input_.dtype;
           if (plan_.fold > 0) {
-            args.values = copy_folded_row(image.n, y, row);
+            args.values = copy_folded_row(kernels, image.n, y, row);
+            dtype = DType::kF32;
             args.value_pitch = plan_.fold * step;
           } else {
             args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
@@ -152,12 +156,12 @@ class TileInput {
           args.pixels = static_cast<int>((phases_[p].pixels.size() + step - 1) / step);
           args.channels = static_cast<int>(plan_.channels);
           args.block = plan_.channel_block;
-          args.masks = masks_ + mask_index(row, p, 0);
+          args.masks = masks ? masks_ + mask_index(row, p, 0) : nullptr;
           args.mask_pitch = rows_ * slot_;
           const bool copy = plan_.copy && plan_.fold == 0 && step == 1;
           args.copy = copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
           args.copy_pitch = rows_ * slot_ * plan_.channel_block;
-          nonzeros += kernels.data.scan(args);
+          if (args.masks != nullptr || args.copy != nullptr) nonzeros += kernels.data.scan[index_of(dtype)](args);
           elements += args.pixels * plan_.channels;
         }
       }
@@ -190,7 +194,8 @@ class TileInput {
       args->values = values_ + index * plan_.channel_block;
       args->value_pitch = plan_.channel_block;
     } else {
-      args->values = pixel(n, y, strand.phase, begin) + channel_block * plan_.channel_block;
+      const void* first = pixel(n, y, strand.phase, begin);  // float32: narrow values are swept from a copy
+      args->values = static_cast<const float*>(first) + channel_block * plan_.channel_block;
       args->value_pitch = plan_.phases[strand.phase].step * plan_.channels;
     }
     args->pixels = static_cast<int>(end - begin);
@@ -216,14 +221,14 @@ class TileInput {
   float* folded_row(int64_t row) const { return values_ + row * folded_floats(); }
 
   // The windows of the tile's pixels in input row y, with the zeros of the padding.
-  const float* copy_folded_row(int64_t n, int64_t y, int64_t row) const {
+  const float* copy_folded_row(const Kernels& kernels, int64_t n, int64_t y, int64_t row) const {
     const int64_t width = plan_.in_columns * plan_.in_channels;
     const int64_t begin = phases_[0].pixels.begin * plan_.fold - plan_.fold_pad, end = begin + folded_floats();
-    const float* src = input_ + (n * plan_.in_rows + y) * width;
+    const int64_t src = (n * plan_.in_rows + y) * width;
     float* dst = folded_row(row);
     const int64_t from = std::clamp<int64_t>(0, begin, end), to = std::clamp(width, from, end);
     std::fill(dst, dst + (from - begin), 0.0f);
-    std::copy(src + from, src + to, dst + (from - begin));
+    kernels.data.widen[index_of(input_.dtype)](input_.at(src + from), dst + (from - begin), to - from);
     std::fill(dst + (to - begin), dst + (end - begin), 0.0f);
     return dst;
   }
@@ -231,13 +236,13 @@ class TileInput {
   int64_t mask_index(int64_t row, size_t phase, int64_t channel_block) const {
     return (channel_block * rows_ + row) * slot_ + phases_[phase].slot;
   }
-  const float* pixel(int64_t n, int64_t y, size_t phase, int64_t i) const {
+  const void* pixel(int64_t n, int64_t y, size_t phase, int64_t i) const {
     const int64_t x = plan_.phases[phase].start + i * plan_.phases[phase].step;
-    return input_ + ((n * plan_.in_rows + y) * plan_.in_columns + x) * plan_.channels;
+    return input_.at(((n * plan_.in_rows + y) * plan_.in_columns + x) * plan_.channels);
   }
 
   const DataPlan& plan_;
-  const float* input_;
+  ConstTensor input_;
   std::vector<Image> images_;
   std::vector<PhaseSlot> phases_;
   int64_t rows_ = 0, slot_ = 0;
@@ -248,11 +253,11 @@ class TileInput {
 // Input that this thread will probably scan next, fetched into L2 while it sweeps.
 class Ahead {
  public:
-  // `sweeps` of `columns` columns each are to fetch `floats` from `begin`.
-  Ahead(const float* begin, int64_t floats, int64_t columns, int64_t sweeps)
-      : next_(reinterpret_cast<const char*>(begin)), end_(reinterpret_cast<const char*>(begin + floats)) {
+  // `sweeps` of `columns` columns each are to fetch `bytes` from `begin`.
+  Ahead(const void* begin, int64_t bytes, int64_t columns, int64_t sweeps)
+      : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {
     const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
-    lines_ = static_cast<int>((floats / 16 + steps - 1) / steps);
+    lines_ = static_cast<int>((bytes / 64 + steps - 1) / steps);
   }
   void aim(int64_t columns, SweepArgs* args) {
     const int64_t bytes = 64 * lines_ * ((columns + 1) / 2);
@@ -271,12 +276,21 @@ struct Call {
   const Kernels& kernels;
   const PackedKernel& layout;
   Mode mode;
-  const float* input;
-  const float* rhs;
+  ConstTensor input;
+  ConstTensor rhs;
   const float* packed;  // null: few tiles, each packs what it needs, one kernel row at a time
-  const float* keep;    // zeros of this, of the shape of the result, are zeros of the result; or null
-  float* result;
+  ConstTensor keep;     // zeros of this, of the shape of the result, are zeros of the result; or null
+  Tensor result;
   bool stream;
+  // Whether the last sweep of a row leaves its sums in scratch, from where they are converted to their place.
+  bool finishes() const {
+    if (keep.data != nullptr) return keep.dtype != DType::kF32;
+    return result.dtype != DType::kF32 && !plan.pointwise && plan.fold == 0;
+  }
+  // Of so many columns at a time. One tap does so little for a sum that converting it from L2 would show.
+  int64_t finish_columns(int64_t columns) const {
+    return finishes() && plan.pointwise ? std::min<int64_t>(columns, 16) : columns;
+  }
 };
 
 // How the sweeps of a tile go through their input.
@@ -284,7 +298,7 @@ enum class Walk { kDense, kPairs, kSingles };
 
 // Sums one feature block of one class of columns over all channels and taps.
 void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows, Range columns, size_t cls,
-                 int64_t block, float* sums, float* row_filter, Ahead* ahead) {
+                 int64_t block, float* sums, float* finished, float* row_filter, Ahead* ahead) {
   const DataPlan& plan = call.plan;
   const ColumnClass& column_class = plan.classes[cls];
   const Range u{columns.begin / column_class.step, std::min(column_class.columns, columns.end / column_class.step)};
@@ -297,15 +311,39 @@ void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows
   const DataKernels& table = call.kernels.data;
   // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
   args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
-  args.columns = static_cast<int>(u.size());
-  const auto finish = [&](int64_t g) {
-    const int64_t x = column_class.start + u.begin * column_class.step;
-    const int64_t row = (g * plan.out_columns + x) * plan.features + f0;
-    args.out = call.result + row;
-    args.keep = call.keep == nullptr ? nullptr : call.keep + row;
-    args.out_pitch = column_class.step * plan.features;
-    args.out_features = static_cast<int>(valid);
-    args.stream = call.stream && valid == features;
+  const auto to_scratch = [&](float* out) {
+    args.out_dtype = DType::kF32;
+    args.out = out;
+    args.keep = nullptr;
+    args.out_pitch = features;
+    args.out_features = static_cast<int>(features);
+    args.stream = false;
+  };
+  // The last sweep of a row of the tile: sweep(part) runs it for a range of columns.
+  const auto finish = [&](int64_t g, auto&& sweep) {
+    const int64_t pitch = column_class.step * plan.features, step = call.finish_columns(u.size());
+    for (Range part{u.begin, 0}; part.begin < u.end; part.begin = part.end) {
+      part.end = std::min(u.end, part.begin + step);
+      const int64_t x = column_class.start + part.begin * column_class.step;
+      const int64_t pixel = (g * plan.out_columns + x) * plan.features + f0;
+      const void* keep = call.keep.data == nullptr ? nullptr : call.keep.at(pixel);
+      void* out = call.result.at(pixel);
+      if (call.finishes()) {
+        to_scratch(finished);
+        sweep(part);
+        call.kernels.data.finish[index_of(call.input.dtype)][index_of(call.result.dtype)](
+            {finished, features, part.size(), valid, out, pitch, keep});
+        continue;
+      }
+      args.out_dtype = call.result.dtype;
+      args.narrow_out = out;
+      args.out = static_cast<float*>(out);
+      args.keep = static_cast<const float*>(keep);
+      args.out_pitch = pitch;
+      args.out_features = static_cast<int>(valid);
+      args.stream = call.stream && valid == features;
+      sweep(part);
+    }
   };
 
   // Kernel rows that exist for each row of the tile: [first, last], or first > last when there are none.
@@ -321,8 +359,10 @@ void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows
     if (range.end < 0 || column_class.strands.empty()) {
       args.tile = nullptr;
       args.pixels = 0;
-      finish(g);
-      table.sweep[1][vectors](args);
+      finish(g, [&](Range part) {
+        args.columns = static_cast<int>(part.size());
+        table.sweep[1][vectors](args);
+      });
     }
   }
 
@@ -345,19 +385,20 @@ void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows
           if (y < 0) continue;
           const Range& range = kernel_rows[g - rows.begin];
           float* tile = sums + (g - rows.begin) * u.size() * features;
-          args.tile = cb == 0 && r == range.begin && i == 0 ? nullptr : tile;
+          const bool first = cb == 0 && r == range.begin && i == 0;
+          const auto sweep_part = [&](Range part) {
+            args.columns = static_cast<int>(part.size());
+            args.tile = first ? nullptr : tile + (part.begin - u.begin) * features;
+            input.aim(g / plan.out_rows, y, strand, part, cb, &args);
+            ahead->aim(part.size(), &args);
+            sweep(args);
+          };
           if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
-            finish(g);
+            finish(g, sweep_part);
           } else {
-            args.out = tile;
-            args.keep = nullptr;
-            args.out_pitch = features;
-            args.out_features = static_cast<int>(features);
-            args.stream = false;
+            to_scratch(tile);
+            sweep_part(u);
           }
-          input.aim(g / plan.out_rows, y, strand, u, cb, &args);
-          ahead->aim(u.size(), &args);
-          sweep(args);
         }
       }
     }
@@ -373,17 +414,23 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
     row_floats = std::max(row_floats, call.layout.row_floats(0, cls));
   }
+  const int64_t finished_floats =
+      call.finishes() ? call.finish_columns(columns.size()) * plan.vectors * call.kernels.lanes : 0;
   Scratch& scratch = Scratch::local();
-  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums) + Scratch::size<float>(row_floats));
+  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums) + Scratch::size<float>(finished_floats) +
+                Scratch::size<float>(row_floats));
   input.take(scratch);
   float* tile = scratch.take<float>(sums);
+  float* finished = scratch.take<float>(finished_floats);
   float* row_filter = scratch.take<float>(row_floats);
   // A dense tile needs its input scanned only for the copy, so a sample goes first.
   constexpr int64_t kSampleStep = 16;
-  const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || plan.copy ||
+  const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || !plan.pointwise ||
                                                           input.scan(call.kernels, kSampleStep) >= plan.dense_density);
-  const double density = maybe_dense && !plan.copy ? 1 : input.scan(call.kernels, 1);
-  const bool dense = maybe_dense && (call.mode == Mode::kDense || density >= plan.dense_density);
+  const bool surely_dense = maybe_dense && (call.mode == Mode::kDense || plan.pointwise);
+  if (surely_dense && plan.copy) input.scan(call.kernels, 1, false);
+  const double density = surely_dense ? 1 : input.scan(call.kernels, 1);
+  const bool dense = maybe_dense && density >= plan.dense_density;
   const Walk walk = dense ? Walk::kDense : density >= plan.pair_density ? Walk::kPairs : Walk::kSingles;
   if (blocks.begin == 0) {
     const bool fwd = plan.op == DataOp::kFwd;
@@ -391,26 +438,26 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
               : (dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse"));
   }
   // Only 1x1 kernels, where the input is one long row, do so little with a value that reading it shows.
-  Ahead ahead(call.input + next.begin * plan.channels, next.size() * plan.channels, columns.size(),
-              blocks.size() * plan.channel_blocks());
+  Ahead ahead(call.input.at(next.begin * plan.channels), next.size() * plan.channels * call.input.size(),
+              columns.size(), blocks.size() * plan.channel_blocks());
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      sweep_block(call, input, walk, rows, columns, cls, block, tile, row_filter, &ahead);
+      sweep_block(call, input, walk, rows, columns, cls, block, tile, finished, row_filter, &ahead);
     }
   }
   if (call.stream) call.kernels.data.stream_fence();
 }
 
-void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input, const float* rhs, const float* keep,
-               float* result, Executor& executor) {
+void conv_data(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, ConstTensor rhs, ConstTensor keep,
+               Tensor result, Executor& executor) {
   const Kernels& k = kernels();
-  const DataPlan plan = plan_data(op, shape, machine(), k);
+  const DataPlan plan = plan_data(op, shape, input.dtype, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
   const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
   const bool packs_ahead = tiles > 2;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
-  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
   const Call call{plan,
                   k,
                   layout,
@@ -420,7 +467,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
                   packs_ahead ? packed.as<float>() : nullptr,
                   keep,
                   result,
-                  plan.stream && aligned};
+                  plan.stream && aligned && result.dtype == DType::kF32};
 
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
   const int64_t groups =
@@ -437,7 +484,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
                     const int64_t step = plan.classes.front().step;
                     // Threads take items in turn, so the next of this thread is about `concurrency` items on.
                     const int64_t later = (i + executor.concurrency()) / groups * plan.tile_columns;
-                    const bool fetch = !plan.copy && row_tiles == 1 && later > column && later < plan.out_columns;
+                    const bool fetch = plan.pointwise && row_tiles == 1 && later > column && later < plan.out_columns;
                     run_tile(
                         call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
                         {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
@@ -449,17 +496,17 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, const float* input,
 
 }  // namespace
 
-void conv_fwd(const ConvShape& shape, Mode mode, const float* lhs, const float* rhs, float* out, Executor& executor) {
-  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, nullptr, out, executor);
+void conv_fwd(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor rhs, Tensor out, Executor& executor) {
+  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, {nullptr, lhs.dtype}, out, executor);
 }
 
-void conv_bwd_input(const ConvShape& shape, Mode mode, const float* g, const float* rhs, float* dlhs,
+void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, Tensor dlhs,
                     Executor& executor) {
-  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, nullptr, dlhs, executor);
+  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, {nullptr, g.dtype}, dlhs, executor);
 }
 
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
-                          float* dlhs, Executor& executor) {
+void conv_bwd_input_where(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
+                          Executor& executor) {
   conv_data(DataOp::kBwdInput, shape, mode, g, rhs, x, dlhs, executor);
 }
 

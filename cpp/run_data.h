@@ -5,7 +5,7 @@
 
 namespace sparsetrain {
 
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
-                          float* dlhs, Executor& executor);
+void conv_bwd_input_where(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
+                          Executor& executor);
 
 }  // namespace sparsetrain

@@ -24,10 +24,19 @@ struct Block {
 
 class MaskedRun {
  public:
-  MaskedRun(const MaskedPlan& plan, int threads, const float* g, const float* rhs, const float* x, float* dlhs,
+  MaskedRun(const MaskedPlan& plan, int threads, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
             float* filter)
-      : plan_(plan), threads_(threads), kernels_(kernels()), g_(g), rhs_(rhs), x_(x), dlhs_(dlhs), filter_(filter) {
-    stream_ = plan.stream && reinterpret_cast<uintptr_t>(dlhs) % 64 == 0;
+      : plan_(plan),
+        threads_(threads),
+        kernels_(kernels()),
+        g_(g),
+        rhs_(rhs),
+        x_(x),
+        dlhs_(dlhs),
+        dtype_(index_of(g.dtype)),
+        filter_(filter) {
+    // Vectors of narrow values are half lines, which would leave the write-combining buffers one by one.
+    stream_ = plan.stream && dlhs.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(dlhs.data) % 64 == 0;
     for (const MaskedClass& cls : plan.classes) {
       for (const MaskedStep& step : cls.steps) {
         steps_.push_back(&step);
@@ -53,10 +62,10 @@ class MaskedRun {
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t r = step.rows.tap + t / step.columns.taps * step.rows.tap_step;
       const int64_t q = step.columns.tap + t % step.columns.taps * step.columns.tap_step;
-      const float* from = rhs_ + ((r * s.s + q) * s.c + begin) * s.k + step.feature;
+      int64_t from = ((r * s.s + q) * s.c + begin) * s.k + step.feature;
       float* to = filter_ + step.filter + (begin * taps + t) * width;
       for (int64_t c = begin; c < end; ++c, from += s.k, to += taps * width) {
-        std::memcpy(to, from, step.features * sizeof(float));
+        kernels_.data.widen[dtype_](rhs_.at(from), to, step.features);
         std::fill(to + step.features, to + width, 0.0f);
       }
     }
@@ -105,7 +114,7 @@ class MaskedRun {
     return b;
   }
 
-  // Floats before channel 0 of a pixel in x and dlhs.
+  // Elements before channel 0 of a pixel in x and dlhs.
   int64_t pixel(const MaskedClass& cls, int64_t n, int64_t row, int64_t column) const {
     const ConvShape& s = plan_.shape;
     const int64_t y = cls.rows.start + row * cls.rows.step, x = cls.columns.start + column * cls.columns.step;
@@ -119,14 +128,14 @@ class MaskedRun {
     const int64_t zeros_size = std::max(channels, plan_.shape.k) + 64, words = slots_ / 64;
     const int64_t lines = round_up(channels, 16);
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<float*>(slots_) * 2 + Scratch::size<float*>(g_positions_) +
+    scratch.begin(Scratch::size<void*>(slots_) * 2 + Scratch::size<void*>(g_positions_) +
                   Scratch::size<uint16_t>(slots_) + Scratch::size<float>(zeros_size) +
                   Scratch::size<uint64_t>(lines * words) + Scratch::size<uint16_t>(lines * capacity_) +
                   Scratch::size<uint16_t>(lines + 16) + Scratch::size<float>(lines * capacity_) +
                   Scratch::size<float>(g_floats_) + Scratch::size<float>(capacity_));
-    const float** x_pixels = scratch.take<const float*>(slots_);
-    float** pixels = scratch.take<float*>(slots_);
-    const float** g_pixels = scratch.take<const float*>(g_positions_);
+    const void** x_pixels = scratch.take<const void*>(slots_);
+    void** pixels = scratch.take<void*>(slots_);
+    const void** g_pixels = scratch.take<const void*>(g_positions_);
     uint16_t* positions = scratch.take<uint16_t>(slots_);
     float* zeros = scratch.take<float>(zeros_size);
     uint64_t* masks = scratch.take<uint64_t>(lines * words);
@@ -140,14 +149,14 @@ class MaskedRun {
     std::fill_n(zeros, zeros_size, 0.0f);
     const int64_t slots = point_at_x(item, x_pixels);
     for (int64_t slot = 0; slot < slots; ++slot) {
-      pixels[slot] = dlhs_ + (x_pixels[slot] - x_);
       const int64_t row = slot / block.columns;
+      pixels[slot] = dlhs_.at(slot_pixel(item, row / block.rows, row % block.rows, slot % block.columns));
       positions[slot] = static_cast<uint16_t>(position(cls, row / block.rows, row % block.rows, slot % block.columns));
     }
     // Nothing is active in the rest of the slots, nor where no tap meets the class.
     std::fill(x_pixels + (cls.steps.empty() ? 0 : slots), x_pixels + slots_, zeros);
     std::fill(positions + slots, positions + slots_, uint16_t{0});
-    kernels_.weights.pack({x_pixels, static_cast<int>(slots_), channel_count, unused, 0, masks});
+    kernels_.weights.pack[dtype_]({x_pixels, static_cast<int>(slots_), channel_count, unused, 0, masks});
     const MaskedKernels& table = kernels_.masked;
     table.lists({masks, static_cast<int>(words), channel_count, positions, lists, capacity, counts});
     // While a step computes, the g of the next one comes into L2, and a share of the next item's x.
@@ -156,10 +165,11 @@ class MaskedRun {
       const MaskedStep& step = cls.steps[i];
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
       const int64_t count = point_at_g(cls, step, block, zeros, g_pixels);
-      kernels_.weights.copy({g_pixels, count, step.feature, step.features, g, width});
-      const WeightsPrefetch next_g = {g_pixels, i + 1 < steps ? count : 0, step.feature + width, ceil_div(width, 16)};
+      kernels_.weights.copy[dtype_]({g_pixels, count, step.feature, step.features, g, width});
+      const WeightsPrefetch next_g = {g_pixels, i + 1 < steps ? count : 0, (step.feature + width) * g_.size(),
+                                      ceil_div(width * g_.size(), 64)};
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
-      const WeightsPrefetch next_x = {x_pixels + begin, end - begin, 0, ceil_div(ahead.channels, 16)};
+      const WeightsPrefetch next_x = {x_pixels + begin, end - begin, 0, ceil_div(ahead.channels * x_.size(), 64)};
       const float* filter = filter_ + step.filter + item.channel * step.rows.taps * step.columns.taps * width;
       table.product[step.rows.taps][step.columns.taps][choice]({lists,
                                                                 counts,
@@ -172,18 +182,24 @@ class MaskedRun {
                                                                 i == 0,
                                                                 {next_g, next_x}});
     }
-    table.store({masks, static_cast<int>(words), channel_count, values, capacity, pixels, static_cast<int>(slots),
-                 stream_, counts});
+    table.store[index_of(dlhs_.dtype)]({masks, static_cast<int>(words), channel_count, values, capacity, pixels,
+                                        static_cast<int>(slots), stream_, counts});
+  }
+
+  // Elements before the item's first channel of a pixel of its block.
+  int64_t slot_pixel(const Item& item, int64_t n, int64_t row, int64_t column) const {
+    const Block& block = item.block;
+    return pixel(*item.cls, block.image + n, block.row + row, block.column + column) + item.channel;
   }
 
   // Channel 0 of the item's pixels of x, in the order of their slots; returns how many.
-  int64_t point_at_x(const Item& item, const float** pixels) const {
+  int64_t point_at_x(const Item& item, const void** pixels) const {
     const Block& block = item.block;
-    const float** to = pixels;
+    const void** to = pixels;
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = 0; row < block.rows; ++row) {
         for (int64_t column = 0; column < block.columns; ++column) {
-          *to++ = x_ + pixel(*item.cls, block.image + n, block.row + row, block.column + column) + item.channel;
+          *to++ = x_.at(slot_pixel(item, n, row, column));
         }
       }
     }
@@ -192,7 +208,7 @@ class MaskedRun {
 
   // The pixels of g that a step's taps meet in a block, zeros where they meet padding.
   int64_t point_at_g(const MaskedClass& cls, const MaskedStep& step, const Block& block, const float* zeros,
-                     const float** pixels) const {
+                     const void** pixels) const {
     const ConvShape& s = plan_.shape;
     const TapAxis &rows = step.rows, &columns = step.columns;
     const int64_t want_rows = block.rows + rows.taps - 1, want_columns = block.columns + columns.taps - 1;
@@ -205,8 +221,8 @@ class MaskedRun {
     std::fill_n(pixels, count, zeros);
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = begin_row; row < end_row; ++row) {
-        const float* from = g_ + (((block.image + n) * s.oh + first_row + row) * s.ow + first) * s.k;
-        for (int64_t x = begin; x < end; ++x) pixels[position(cls, n, row, x)] = from + x * s.k;
+        const int64_t from = (((block.image + n) * s.oh + first_row + row) * s.ow + first) * s.k;
+        for (int64_t x = begin; x < end; ++x) pixels[position(cls, n, row, x)] = g_.at(from + x * s.k);
       }
     }
     return count;
@@ -215,8 +231,9 @@ class MaskedRun {
   const MaskedPlan& plan_;
   int threads_;
   const Kernels& kernels_;
-  const float *g_, *rhs_, *x_;
-  float* dlhs_;
+  ConstTensor g_, rhs_, x_;
+  Tensor dlhs_;
+  int dtype_;  // of the operands, for tables of kernels
   float* filter_;
   bool stream_;
   std::vector<const MaskedStep*> steps_;
@@ -225,8 +242,8 @@ class MaskedRun {
 
 }  // namespace
 
-void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
-                           float* dlhs, Executor& executor) {
+void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
+                           Tensor dlhs, Executor& executor) {
   const Kernels& isa = kernels();
   const int64_t size = shape.n * shape.h * shape.w * shape.c;
   Densities densities;

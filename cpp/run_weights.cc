@@ -18,7 +18,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Image {
-  const float* values;
+  ConstTensor values;
   int64_t rows, columns, channels;
   Fold fold;
 };
@@ -78,34 +78,36 @@ int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item&
 
 // Pointers to the pixels of a block, position by position; positions without a pixel point to zeros.
 struct PixelTable {
-  const float** pixels;
+  const void** pixels;
   int64_t count;
-  float* windows;  // those of a folded image that reach into the padding
+  char* windows;  // those of a folded image that reach into the padding
 };
 
 // Points `to` at `count` pixels of a row of an image, `step` apart, at their channel `channel`.
 void point_at_row(const Image& image, int64_t n, int64_t y, int64_t x, int64_t step, int64_t count, int64_t channel,
-                  const float** to, float*& windows) {
+                  const void** to, char*& windows) {
   const Fold& fold = image.fold;
+  const int64_t size = image.values.size();
   if (fold.taps == 0) {
-    const float* pixel = image.values + ((n * image.rows + y) * image.columns + x) * image.channels + channel;
-    for (int64_t i = 0; i < count; ++i, pixel += step * image.channels) to[i] = pixel;
+    const void* first = image.values.at(((n * image.rows + y) * image.columns + x) * image.channels + channel);
+    const char* pixel = static_cast<const char*>(first);
+    for (int64_t i = 0; i < count; ++i, pixel += step * image.channels * size) to[i] = pixel;
     return;
   }
-  const float* row = image.values + (n * image.rows + y) * fold.columns * fold.channels;
+  const char* row = static_cast<const char*>(image.values.at((n * image.rows + y) * fold.columns * fold.channels));
   for (int64_t i = 0; i < count; ++i, x += step) {
     const int64_t want = x * fold.stride - fold.pad;
     const int64_t begin = std::clamp<int64_t>(want, 0, fold.columns);
     const int64_t end = std::clamp<int64_t>(want + fold.taps, begin, fold.columns);
     if (end - begin == fold.taps) {
-      to[i] = row + begin * fold.channels + channel;
+      to[i] = row + (begin * fold.channels + channel) * size;
       continue;
     }
-    std::memset(windows, 0, image.channels * sizeof(float));
-    std::memcpy(windows + (begin - want) * (begin < end) * fold.channels, row + begin * fold.channels,
-                (end - begin) * fold.channels * sizeof(float));
-    to[i] = windows + channel;
-    windows += image.channels;
+    std::memset(windows, 0, image.channels * size);
+    std::memcpy(windows + (begin - want) * (begin < end) * fold.channels * size, row + begin * fold.channels * size,
+                (end - begin) * fold.channels * size);
+    to[i] = windows + channel * size;
+    windows += image.channels * size;
   }
 }
 
@@ -133,8 +135,8 @@ struct ItemScratch {
 
 class WeightsRun {
  public:
-  WeightsRun(const WeightsPlan& plan, const float* lhs, const float* g, float* drhs)
-      : plan_(plan), table_(kernels().weights), drhs_(drhs) {
+  WeightsRun(const WeightsPlan& plan, ConstTensor lhs, ConstTensor g, Tensor drhs)
+      : plan_(plan), table_(kernels().weights), drhs_(drhs), dtype_(index_of(lhs.dtype)), size_(lhs.size()) {
     const ConvShape& s = plan.shape;
     const Image lhs_image = {lhs, s.h, s.w, s.c, plan.fold}, g_image = {g, s.oh, s.ow, s.k, {}};
     checked_ = plan.lhs_checked ? lhs_image : g_image;
@@ -191,8 +193,8 @@ class WeightsRun {
   int64_t slices() const { return ceil_div(plan_.channel_block, kSliceChannels); }
   int64_t chunk_floats() const { return items() / plan_.chunks * item_floats_; }
 
-  // The last walk of a panel writes drhs itself.
-  bool direct() const { return plan_.lhs_checked && plan_.chunks == 1; }
+  // The last walk of a panel writes drhs itself; sums are narrowed when they are complete.
+  bool direct() const { return plan_.lhs_checked && plan_.chunks == 1 && drhs_.dtype == DType::kF32; }
 
   void size_scratch() {
     const Item item = item_of(plan_, 0);
@@ -203,8 +205,8 @@ class WeightsRun {
         dense_positions_ = std::max(dense_positions_, positions);
         copy_floats_ = std::max(copy_floats_, positions * group.vectors * plan_.lanes);
         const int64_t rows = cls.block_images * (cls.block_rows + group.rows.taps);
-        checked_windows_ = std::max(checked_windows_, rows * padded_windows(checked_) * checked_.channels);
-        dense_windows_ = std::max(dense_windows_, rows * padded_windows(dense_) * dense_.channels);
+        checked_windows_ = std::max(checked_windows_, rows * padded_windows(checked_) * checked_.channels * size_);
+        dense_windows_ = std::max(dense_windows_, rows * padded_windows(dense_) * dense_.channels * size_);
       }
       const int64_t floats = panel_floats(plan_, cls, item);
       item_floats_ += floats;
@@ -218,16 +220,16 @@ class WeightsRun {
     const int64_t lines = round_up(plan_.channel_block, 24) + 64, words = positions_ / 64 + 1;
     const int64_t values = lines * line_, zeros = std::max(plan_.channels, plan_.features) + 64;
     Scratch& scratch = Scratch::local();
-    scratch.begin(2 * Scratch::size<float*>(positions_) + 2 * Scratch::size<float*>(dense_positions_) +
-                  2 * Scratch::size<float>(checked_windows_) + 2 * Scratch::size<float>(dense_windows_) +
+    scratch.begin(2 * Scratch::size<void*>(positions_) + 2 * Scratch::size<void*>(dense_positions_) +
+                  2 * Scratch::size<char>(checked_windows_) + 2 * Scratch::size<char>(dense_windows_) +
                   Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
                   Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
     ItemScratch s;
     for (PixelTable& table : s.checked) {
-      table = {scratch.take<const float*>(positions_), 0, scratch.take<float>(checked_windows_)};
+      table = {scratch.take<const void*>(positions_), 0, scratch.take<char>(checked_windows_)};
     }
     for (PixelTable& table : s.dense) {
-      table = {scratch.take<const float*>(dense_positions_), 0, scratch.take<float>(dense_windows_)};
+      table = {scratch.take<const void*>(dense_positions_), 0, scratch.take<char>(dense_windows_)};
     }
     s.zeros = scratch.take<float>(zeros);
     s.values = scratch.take<float>(values);
@@ -272,16 +274,17 @@ class WeightsRun {
           const int width = vectors * plan_.lanes;
           const int64_t feature = item.feature + first;
           if (any)
-            table_.copy({scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
+            table_.copy[dtype_](
+                {scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
           const WeightsPanel panel =
               panel_of(group, item, first, features, scratch.panel + sums, index == begin, direct() && last);
           const bool more = first + features < item.features;
           const PixelTable& next = scratch.dense[more ? 0 : 1];
-          const WeightsPrefetch next_dense = {next.pixels, next.count, more ? feature + width : item.feature,
-                                              ceil_div(width, 16)};
+          const WeightsPrefetch next_dense = {next.pixels, next.count, (more ? feature + width : item.feature) * size_,
+                                              ceil_div(width * size_, 64)};
           const PixelTable& ahead = scratch.checked[1];
           const int64_t from = ahead.count * step / steps, to = ahead.count * (step + 1) / steps;
-          const WeightsPrefetch next_checked = {ahead.pixels + from, to - from, 0, ceil_div(item.channels, 16)};
+          const WeightsPrefetch next_checked = {ahead.pixels + from, to - from, 0, ceil_div(item.channels * size_, 64)};
           ++step;
           const int choice = log2_of(vectors), channels = static_cast<int>(item.channels);
           if (plan_.sparse) {
@@ -300,7 +303,7 @@ class WeightsRun {
           }
           const ptrdiff_t group_pitch = scratch.checked[0].count * table_.tile_channels[choice] + 2 * kLinePad;
           if (grouped != vectors) {
-            table_.group[choice](
+            table_.group[dtype_][choice](
                 {scratch.checked[0].pixels, scratch.checked[0].count, channels, scratch.values, group_pitch});
             grouped = vectors;
           }
@@ -329,7 +332,7 @@ class WeightsRun {
   void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, const ItemScratch& scratch,
                         PixelTable& table) const {
     const Block block = block_of(plan_, cls, index);
-    float* windows = table.windows;
+    char* windows = table.windows;
     table.count = 0;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
     const int64_t pitch = plan_.sparse ? cls.pitch : block.columns;
@@ -338,7 +341,7 @@ class WeightsRun {
     if (plan_.sparse) std::fill_n(table.pixels, round_up(table.count, 64), scratch.zeros);
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = 0; row < block.rows; ++row) {
-        const float** to = table.pixels + (image * image_rows + row) * pitch;
+        const void** to = table.pixels + (image * image_rows + row) * pitch;
         point_at_row(checked_, block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
                      cls.columns.start + block.column * cls.columns.step, cls.columns.step, block.columns, item.channel,
                      to, windows);
@@ -359,13 +362,13 @@ class WeightsRun {
     const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
     const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
     const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
-    float* windows = table.windows;
+    char* windows = table.windows;
     table.count = ((block.images - 1) * cls.image_rows + want_rows - 1) * cls.pitch + want_columns;
     std::fill_n(table.pixels, table.count, scratch.zeros);
     if (begin == end) return;
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = begin_row; row < end_row; ++row) {
-        const float** to = table.pixels + (image * cls.image_rows + row) * cls.pitch;
+        const void** to = table.pixels + (image * cls.image_rows + row) * cls.pitch;
         point_at_row(dense_, block.image + image, rows.start + (first_row + row) * rows.step,
                      columns.start + (first + begin) * columns.step, columns.step, end - begin, 0, to + begin, windows);
       }
@@ -375,21 +378,21 @@ class WeightsRun {
   // Returns the number of non-zeros.
   int64_t pack(const Item& item, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
-    return table_.pack({table.pixels, static_cast<int>(round_up(table.count, 64)), static_cast<int>(item.channels),
-                        scratch.values, line_, scratch.masks});
+    return table_.pack[dtype_]({table.pixels, static_cast<int>(round_up(table.count, 64)),
+                                static_cast<int>(item.channels), scratch.values, line_, scratch.masks});
   }
 
   // Where drhs has tap 0 of a group, for a channel of the checked and a feature of the dense operand.
-  float* drhs_at(const TapGroup& group, int64_t channel, int64_t feature) const {
+  void* drhs_at(const TapGroup& group, int64_t channel, int64_t feature) const {
     const ConvShape& s = plan_.shape;
     const int64_t c = plan_.lhs_checked ? channel : feature, k = plan_.lhs_checked ? feature : channel;
-    return drhs_ + ((group.rows.tap * s.s + group.columns.tap) * s.c + c) * s.k + k;
+    return drhs_.at(((group.rows.tap * s.s + group.columns.tap) * s.c + c) * s.k + k);
   }
 
   WeightsPanel panel_of(const TapGroup& group, const Item& item, int64_t first, int features, float* sums,
                         bool first_block, bool to_drhs) const {
     const ConvShape& s = plan_.shape;
-    float* out = to_drhs ? drhs_at(group, item.channel, item.feature + first) : nullptr;
+    float* out = to_drhs ? static_cast<float*>(drhs_at(group, item.channel, item.feature + first)) : nullptr;
     return {sums,    first_block, out, s.k, group.rows.tap_step * s.s * s.c * s.k, group.columns.tap_step * s.c * s.k,
             features};
   }
@@ -404,16 +407,15 @@ class WeightsRun {
         const int64_t width = static_cast<int64_t>(vectors) * plan_.lanes;
         for (int t = 0; t < taps; ++t) {
           const float* from = panel + sums + begin * taps * width + t * width;
-          float* to =
-              drhs_at(group, item.channel + begin, item.feature + first) +
-              (t / group.columns.taps * group.rows.tap_step * s.s + t % group.columns.taps * group.columns.tap_step) *
-                  s.c * s.k;
+          const int64_t tap =
+              t / group.columns.taps * group.rows.tap_step * s.s + t % group.columns.taps * group.columns.tap_step;
+          void* to =
+              Tensor{drhs_at(group, item.channel + begin, item.feature + first), drhs_.dtype}.at(tap * s.c * s.k);
+          const int out = index_of(drhs_.dtype);
           if (plan_.lhs_checked) {
-            for (int64_t c = 0; c < end - begin; ++c) {
-              std::memcpy(to + c * s.k, from + c * taps * width, features * sizeof(float));
-            }
+            kernels().data.finish[out][out]({from, taps * width, end - begin, features, to, s.k, nullptr});
           } else {
-            table_.transpose({from, taps * width, static_cast<int>(end - begin), features, to, s.k});
+            table_.transpose[out]({from, taps * width, static_cast<int>(end - begin), features, to, s.k});
           }
         }
       });
@@ -423,14 +425,16 @@ class WeightsRun {
   const WeightsPlan& plan_;
   const WeightsKernels& table_;
   Image checked_, dense_;
-  float* drhs_;
+  Tensor drhs_;
+  int dtype_;     // of the operands, for tables of kernels
+  int64_t size_;  // of one of their elements
   int64_t positions_ = 0, line_ = 0, dense_positions_ = 0, checked_windows_ = 0, dense_windows_ = 0, copy_floats_ = 0,
           panel_floats_ = 0, item_floats_ = 0;
 };
 
 }  // namespace
 
-void conv_bwd_weights(const ConvShape& shape, Mode mode, const float* lhs, const float* g, float* drhs,
+void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor g, Tensor drhs,
                       Executor& executor) {
   const Kernels& isa = kernels();
   Densities densities;

@@ -1,10 +1,12 @@
-// Isa for AVX2 and FMA: 8 lanes, 16 registers. See simd_portable.h for what each operation means.
+// Isa for AVX2, FMA and F16C: 8 lanes, 16 registers. See simd_portable.h for what each operation means.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
+#include "dtype.h"
 #include "simd.h"
 
 namespace sparsetrain {
@@ -44,6 +46,19 @@ struct Avx2 {
   static ST_INLINE void store_n(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), v); }
   static ST_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
   static ST_INLINE void stream_fence() { _mm_sfence(); }
+  static ST_INLINE Vec load(const Bf16* p) { return widen_bf16(load_16(p)); }
+  static ST_INLINE Vec load_n(const Bf16* p, int n) { return widen_bf16(load_16_n(p, n)); }
+  static ST_INLINE void store(Bf16* p, Vec v) { store_16(p, narrow_bf16(v)); }
+  static ST_INLINE void store_n(Bf16* p, Vec v, int n) { store_16_n(p, narrow_bf16(v), n); }
+  static ST_INLINE Vec load(const F16* p) { return _mm256_cvtph_ps(load_16(p)); }
+  static ST_INLINE Vec load_n(const F16* p, int n) { return _mm256_cvtph_ps(load_16_n(p, n)); }
+  static ST_INLINE void store(F16* p, Vec v) { store_16(p, narrow_f16(v)); }
+  static ST_INLINE void store_n(F16* p, Vec v, int n) { store_16_n(p, narrow_f16(v), n); }
+  template <class T>
+  static ST_INLINE void store_two(T* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
   static ST_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -100,6 +115,31 @@ struct Avx2 {
   }
 
  private:
+  static ST_INLINE __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static ST_INLINE __m128i load_16_n(const void* p, int n) {
+    uint16_t lanes[kLanes] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(uint16_t));
+    return load_16(lanes);
+  }
+  static ST_INLINE void store_16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+  static ST_INLINE void store_16_n(void* p, __m128i v, int n) {
+    uint16_t lanes[kLanes];
+    store_16(lanes, v);
+    std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(uint16_t));
+  }
+  static ST_INLINE Vec widen_bf16(__m128i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static ST_INLINE __m128i narrow_bf16(Vec v) {
+    const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i wide = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  }
+  static ST_INLINE __m128i narrow_f16(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   static ST_INLINE __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

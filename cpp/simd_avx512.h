@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "simd.h"
 
 namespace sparsetrain {
@@ -22,6 +23,34 @@ struct Avx512 {
   static ST_INLINE void store_n(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
   static ST_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
   static ST_INLINE void stream_fence() { _mm_sfence(); }
+  static ST_INLINE Vec load(const Bf16* p) { return widen_bf16(load_16(p)); }
+  static ST_INLINE Vec load_n(const Bf16* p, int n) { return widen_bf16(load_16_n(p, n)); }
+  static ST_INLINE void store(Bf16* p, Vec v) { store_16(p, narrow_bf16(v)); }
+  static ST_INLINE void store_n(Bf16* p, Vec v, int n) { store_16_n(p, narrow_bf16(v), n); }
+  static ST_INLINE Vec load(const F16* p) { return _mm512_cvtph_ps(load_16(p)); }
+  static ST_INLINE Vec load_n(const F16* p, int n) { return _mm512_cvtph_ps(load_16_n(p, n)); }
+  static ST_INLINE void store(F16* p, Vec v) { store_16(p, narrow_f16(v)); }
+  static ST_INLINE void store_n(F16* p, Vec v, int n) { store_16_n(p, narrow_f16(v), n); }
+  static ST_INLINE void store_two(float* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+  static ST_INLINE void store_two(F16* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+  // NaNs are rare, and the two halves of a line are packed together.
+  static ST_INLINE void store_two(Bf16* p, Vec a, Vec b) {
+    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0, 0)) {
+      store(p, a);
+      store(p + kLanes, b);
+      return;
+    }
+    const __m512i even = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22,
+                                          20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i mixed = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(a), 16), round_bf16(b));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(even, mixed));
+  }
   static ST_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -74,6 +103,25 @@ struct Avx512 {
   }
 
  private:
+  static ST_INLINE __m256i load_16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static ST_INLINE __m256i load_16_n(const void* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
+  static ST_INLINE void store_16(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static ST_INLINE void store_16_n(void* p, __m256i v, int n) { _mm256_mask_storeu_epi16(p, first(n), v); }
+  static ST_INLINE Vec widen_bf16(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  // The high halves are the result, unless it is NaN.
+  static ST_INLINE __m512i round_bf16(Vec v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  }
+  static ST_INLINE __m256i narrow_bf16(Vec v) {
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(round_bf16(v), nan, quiet), 16));
+  }
+  static ST_INLINE __m256i narrow_f16(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   static ST_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
   static ST_INLINE __m512 pairs_lo(__m512 a, __m512 b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));

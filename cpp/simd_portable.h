@@ -1,6 +1,8 @@
 // Isa for any machine: 4 lanes through the compiler's vector extension. Also the definition of what every Isa offers.
 //
-//   load, store       any alignment            load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
+//   load, store       any alignment, of float, Bf16 or F16: lanes are float32, converted as dtype.h says
+//                                              load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
+//   store_two         both vectors, one after the other
 //   stream            aligned, may by-pass                       is not written, and is never touched in memory
 //   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   keep              the lanes named by mask, zero elsewhere
@@ -14,10 +16,63 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
 #include "simd.h"
 
 namespace sparsetrain {
 namespace {
+
+// By integers, so that they work on any machine, whether it flushes subnormals or not.
+ST_INLINE float widen(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+ST_INLINE float widen(F16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  uint32_t bits = 0;
+  if (rest > 0x7c00) {
+    bits = 0x7fc00000 | rest << 13;  // NaN, quiet
+  } else if (rest == 0x7c00) {
+    bits = 0x7f800000;
+  } else if (rest >= 0x0400) {
+    bits = (rest << 13) + (112u << 23);
+  } else {
+    const float subnormal = static_cast<float>(rest) * 0x1p-24f;
+    std::memcpy(&bits, &subnormal, sizeof bits);
+  }
+  bits |= sign;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+ST_INLINE void narrow(float x, Bf16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+ST_INLINE void narrow(float x, F16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  uint32_t half;
+  if (rest > 0x7f800000) {
+    half = 0x7e00 | (rest >> 13 & 0x1ff);
+  } else if (rest >= 0x477ff000) {  // 65520, half-way between the largest value and the next power of two
+    half = 0x7c00;
+  } else if (rest >= 0x38800000) {  // 2^-14, the smallest normal value
+    half = ((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10);
+  } else {  // in [0.5, 1) the last bit of a float stands for 2^-24, as that of a subnormal does
+    float magnitude;
+    std::memcpy(&magnitude, &rest, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&half, &magnitude, sizeof half);
+    half -= 0x3f000000;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+}
 
 struct Portable {
   static constexpr int kLanes = 4;
@@ -38,6 +93,29 @@ struct Portable {
   static ST_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
   static ST_INLINE void store_n(float* p, Vec v, int n) {
     for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+  template <class Narrow>
+  static ST_INLINE Vec load(const Narrow* p) {
+    return load_n(p, kLanes);
+  }
+  template <class Narrow>
+  static ST_INLINE Vec load_n(const Narrow* p, int n) {
+    Vec v = zero();
+    for (int i = 0; i < n; ++i) v[i] = widen(p[i]);
+    return v;
+  }
+  template <class Narrow>
+  static ST_INLINE void store(Narrow* p, Vec v) {
+    store_n(p, v, kLanes);
+  }
+  template <class Narrow>
+  static ST_INLINE void store_n(Narrow* p, Vec v, int n) {
+    for (int i = 0; i < n; ++i) narrow(v[i], p + i);
+  }
+  template <class T>
+  static ST_INLINE void store_two(T* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + kLanes, b);
   }
   static ST_INLINE void stream(float* p, Vec v) { store(p, v); }
   static ST_INLINE void stream_fence() {}

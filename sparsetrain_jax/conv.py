@@ -38,7 +38,6 @@ class _Route:
     lhs_axes: tuple[int, ...]
     rhs_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
-    dtype: Any  # of the computation and of the result
 
     def lhs(self, lhs: jax.Array) -> jax.Array:
         return self._enter(lhs, self.lhs_axes, 1)
@@ -56,9 +55,7 @@ class _Route:
         return self._leave(dlhs, _inverse(self.lhs_axes), 1).astype(dtype)
 
     def _enter(self, x: jax.Array, axes: tuple[int, ...], row: int) -> jax.Array:
-        """``x`` in the dtype and order of dimensions of the computation; ``row`` is where 1-D ones get their H or R."""
-        if x.dtype != self.dtype:
-            x = lax.convert_element_type(x, self.dtype)
+        """``x`` in the order of dimensions of the computation; ``row`` is where 1-D ones get their H or R."""
         if axes != tuple(range(len(axes))):
             x = lax.transpose(x, axes)
         return lax.expand_dims(x, (row,)) if len(axes) == 3 else x
@@ -151,12 +148,12 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
         return f"sparse kernels are for 1 or 2 spatial dimensions, lhs has {spatial}, rhs {rhs.ndim - 2}"
     if lhs.dtype != rhs.dtype or lhs.dtype not in _DTYPES:
         return f"sparse kernels are for float32, bfloat16 and float16, lhs is {lhs.dtype}, rhs {rhs.dtype}"
-    dtype = lhs.dtype
+    result = None
     if call.preferred_element_type is not None:
         preferred = jnp.dtype(call.preferred_element_type)
-        if preferred not in (dtype, jnp.dtype(jnp.float32)):
-            return f"sparse kernels do not return preferred_element_type={preferred} for {dtype}"
-        dtype = preferred
+        if preferred not in (lhs.dtype, jnp.dtype(jnp.float32)):
+            return f"sparse kernels do not return preferred_element_type={preferred} for {lhs.dtype}"
+        result = None if preferred == lhs.dtype else "float32"
     for name in ("feature_group_count", "batch_group_count"):
         if getattr(call, name) != 1:
             return f"{name} is {getattr(call, name)}, sparse kernels are for 1"
@@ -207,8 +204,9 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
         ((int(top), int(bottom)), (int(left), int(right))),
         mode,
         precision,
+        result,
     )
-    return _Route(spec, lhs_axes, rhs_axes, out_axes, dtype)
+    return _Route(spec, lhs_axes, rhs_axes, out_axes)
 
 
 def _plan(lhs: Any, rhs: Any, mode: str, **arguments: Any) -> _Call:
@@ -262,8 +260,12 @@ def _reverse_first_bwd(
     if route is None or not relu_input:
         (dlhs,) = jax.linear_transpose(lambda lhs: call(lhs, rhs), lhs)(g)
         return (primitives.where_active(lhs, dlhs) if relu_input else dlhs), drhs
+    # g has the dtype of the result, which may be wider; so has the stock gradient.
     dlhs = primitives.sparse_conv_bwd_input_masked(
-        route.out_transposed(g), route.rhs(rhs), route.lhs(lhs), spec=route.spec
+        route.out_transposed(g),
+        route.rhs(rhs.astype(g.dtype)),
+        route.lhs(lhs.astype(g.dtype)),
+        spec=route.spec.gradient,
     )
     return route.lhs_transposed(dlhs, lhs.dtype), drhs
 

@@ -9,7 +9,9 @@ primitive                          operands                          result
 ``sparse_conv_bwd_input_masked``   g, rhs, x ``NHWC``                dlhs, 0 where x is
 =================================  ================================  ===============
 
-All operands of a call have one dtype, which the result has too: float32, bfloat16 or float16 (accumulated in float32).
+All operands of a call have one dtype: float32, bfloat16 or float16 (accumulated in float32). The result has it too, or
+is float32 if ``spec`` says so. No array is converted as a whole: the custom calls convert tile by tile.
+
 The only parameter is ``spec``, a :class:`~sparsetrain_jax.shapes.ConvSpec`. The first three are bilinear and transpose
 into each other; the last is linear in its first two operands and has no gradient for the third. Differentiation in both
 modes and to any order follows from that.
@@ -54,18 +56,30 @@ _DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 def _lax_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
     return stock_convolution(
-        lhs, rhs, spec.strides, spec.padding, dimension_numbers=_DIMENSION_NUMBERS, precision=spec.precision
+        lhs,
+        rhs,
+        spec.strides,
+        spec.padding,
+        dimension_numbers=_DIMENSION_NUMBERS,
+        precision=spec.precision,
+        preferred_element_type=spec.result,
     )
 
 
+def _in_result_dtype(spec: ConvSpec, *operands: jax.Array) -> list[jax.Array]:
+    return [operand.astype(_result_dtype(spec, operand)) for operand in operands]
+
+
 def _lax_bwd_input(g: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    g, rhs = _in_result_dtype(spec, g, rhs)
     lhs = jax.ShapeDtypeStruct((g.shape[0], *spec.input_size, rhs.shape[2]), g.dtype)
-    return jax.linear_transpose(lambda lhs: _lax_fwd(lhs, rhs, spec=spec), lhs)(g)[0]
+    return jax.linear_transpose(lambda lhs: _lax_fwd(lhs, rhs, spec=spec.gradient), lhs)(g)[0]
 
 
 def _lax_bwd_weights(lhs: jax.Array, g: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    lhs, g = _in_result_dtype(spec, lhs, g)
     rhs = jax.ShapeDtypeStruct((*spec.kernel_size, lhs.shape[3], g.shape[3]), g.dtype)
-    return jax.linear_transpose(lambda rhs: _lax_fwd(lhs, rhs, spec=spec), rhs)(g)[0]
+    return jax.linear_transpose(lambda rhs: _lax_fwd(lhs, rhs, spec=spec.gradient), rhs)(g)[0]
 
 
 def _lax_bwd_input_masked(g: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: ConvSpec) -> jax.Array:
@@ -131,7 +145,11 @@ def _dtype_rule(component: _Component, *avals: Any, spec: ConvSpec) -> Any:
         raise TypeError(
             f"{component.name}: operands must have one dtype, got {', '.join(map(str, sorted(dtypes, key=str)))}"
         )
-    return avals[0].dtype
+    return _result_dtype(spec, avals[0])
+
+
+def _result_dtype(spec: ConvSpec, operand: Any) -> Any:
+    return operand.dtype if spec.result is None else np.dtype(spec.result)
 
 
 def _sharding_rule(component: _Component, *avals: Any, spec: ConvSpec) -> NamedSharding:
@@ -205,19 +223,18 @@ def _call_native(
 ) -> jax.Array:
     """The custom call, for the shapes that one device sees, summed over the mesh axes ``reduced``."""
     shape = component.result_shape(spec, [operand.shape for operand in operands])
-    dtype = operands[0].dtype
+    dtype = _result_dtype(spec, operands[0])
     if any(isinstance(d, int) and d == 0 for d in (*shape, *(d for operand in operands for d in operand.shape))):
         return jnp.zeros(shape, dtype)  # nothing to add up, or nothing to write
     if component.target not in native.TARGETS:  # only the masked gradient may be missing
         g, rhs, x = operands
         return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec, reduced=reduced))
+    partial = jnp.dtype(jnp.float32) if reduced else dtype  # parts of a sum are rounded once, after adding them up
     if _lax_reason(component, spec, [operand.shape for operand in operands]):
-        out = component.reference(*operands, spec=spec).astype(jnp.float32)
+        out = component.reference(*operands, spec=spec).astype(partial)
     else:
-        # The one seam between narrow dtypes and the handlers, which compute in float32.
-        wide = [operand.astype(jnp.float32) for operand in operands]
-        out = _custom_call(component).bind(*wide, spec=spec)
-    return (lax.psum(out, reduced) if reduced else out).astype(dtype)
+        out = _custom_call(component).bind(*operands, spec=spec, dtype=partial)
+    return lax.psum(out, reduced).astype(dtype) if reduced else out
 
 
 def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> str:
@@ -231,15 +248,20 @@ def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence
 
 @functools.cache
 def _custom_call(component: _Component) -> Any:
-    """The bare custom call, for lowering only: a primitive too, so that traces show it by the component's name."""
+    """The bare custom call, for lowering only: a primitive too, so that traces show it by the component's name.
 
-    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
+    It returns the dtype of its operands or float32, and converts tile by tile: no array is converted as a whole.
+    """
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec, dtype: Any) -> Any:
         geometry, mode = np.array(spec.geometry, np.int64), np.int64(MODES.index(spec.mode))
         return jax.ffi.ffi_lowering(component.target)(ctx, *operands, geometry=geometry, mode=mode)
 
     primitive = Primitive(component.name)
     primitive.def_abstract_eval(
-        lambda *avals, spec: avals[0].update(shape=component.result_shape(spec, [aval.shape for aval in avals]))
+        lambda *avals, spec, dtype: avals[0].update(
+            shape=component.result_shape(spec, [aval.shape for aval in avals]), dtype=dtype
+        )
     )
     mlir.register_lowering(primitive, lower, platform="cpu")
     return primitive
@@ -375,20 +397,29 @@ def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
 # Differentiation: the three bilinear maps are transposes of each other. Argument names: ct is the cotangent of the
 # result; the operand that is asked for is only known by its abstract value.
 
+
+def _gradient(
+    call: Callable[..., jax.Array], first: jax.Array, second: jax.Array, wanted: Any, spec: ConvSpec
+) -> jax.Array:
+    """One of ``first`` and ``second`` is ct. If it is wider than the operands, they meet in its dtype, as in lax."""
+    dtype = jnp.promote_types(first.dtype, second.dtype)
+    return call(first.astype(dtype), second.astype(dtype), spec=spec.gradient).astype(wanted.aval.dtype)
+
+
 ad.defbilinear(
     _fwd_p,
-    lambda ct, lhs, rhs, *, spec: sparse_conv_bwd_input(ct, rhs, spec=spec),
-    lambda ct, lhs, rhs, *, spec: sparse_conv_bwd_weights(lhs, ct, spec=spec),
+    lambda ct, lhs, rhs, *, spec: _gradient(sparse_conv_bwd_input, ct, rhs, lhs, spec),
+    lambda ct, lhs, rhs, *, spec: _gradient(sparse_conv_bwd_weights, lhs, ct, rhs, spec),
 )
 ad.defbilinear(
     _bwd_input_p,
-    lambda ct, g, rhs, *, spec: sparse_conv_fwd(ct, rhs, spec=spec),
-    lambda ct, g, rhs, *, spec: sparse_conv_bwd_weights(ct, g, spec=spec),
+    lambda ct, g, rhs, *, spec: _gradient(sparse_conv_fwd, ct, rhs, g, spec),
+    lambda ct, g, rhs, *, spec: _gradient(sparse_conv_bwd_weights, ct, g, rhs, spec),
 )
 ad.defbilinear(
     _bwd_weights_p,
-    lambda ct, lhs, g, *, spec: sparse_conv_bwd_input(g, ct, spec=spec),
-    lambda ct, lhs, g, *, spec: sparse_conv_fwd(lhs, ct, spec=spec),
+    lambda ct, lhs, g, *, spec: _gradient(sparse_conv_bwd_input, g, ct, lhs, spec),
+    lambda ct, lhs, g, *, spec: _gradient(sparse_conv_fwd, lhs, ct, g, spec),
 )
 ad.defjvp(
     _bwd_input_masked_p,
@@ -403,8 +434,8 @@ def _transpose_masked(ct: Any, g: Any, rhs: Any, x: Any, *, spec: ConvSpec) -> t
         return None, None, None
     ct = where_active(x, ct)
     if ad.is_undefined_primal(g):
-        return sparse_conv_fwd(ct, rhs, spec=spec), None, None
-    return None, sparse_conv_bwd_weights(ct, g, spec=spec), None
+        return _gradient(sparse_conv_fwd, ct, rhs, g, spec), None, None
+    return None, _gradient(sparse_conv_bwd_weights, ct, g, rhs, spec), None
 
 
 ad.primitive_transposes[_bwd_input_masked_p] = _transpose_masked

@@ -16,6 +16,7 @@ lhs is ``NHWC``, the kernel (rhs) is ``RSCK`` (what Flax calls HWIO), the output
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class ConvSpec:
       padding: zeros added ((top, bottom), (left, right)), none negative.
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       precision: what ``jax.lax`` is told on platforms without kernels of ours; the kernels accumulate in float32.
+      result: ``"float32"`` if the result has that dtype and the operands have a narrower one; None if it has theirs.
     """
 
     input_size: tuple[int, int]
@@ -56,6 +58,12 @@ class ConvSpec:
     padding: tuple[tuple[int, int], tuple[int, int]]
     mode: str = "auto"
     precision: Any = None
+    result: str | None = None
+
+    @property
+    def gradient(self) -> ConvSpec:
+        """The spec of the gradients, whose operands all have the dtype of this result, as in ``jax.lax``."""
+        return dataclasses.replace(self, result=None)
 
     @property
     def output_size(self) -> tuple[int, int]:

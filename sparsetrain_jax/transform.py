@@ -284,6 +284,7 @@ def _forward(eqn: Any) -> _Call:
     spec = eqn.params["spec"]
     arguments = _arguments({"feature_group_count": 1, "batch_group_count": 1, "precision": spec.precision})
     arguments |= {"window_strides": spec.strides, "padding": spec.padding, "dimension_numbers": _channels_last(4)}
+    arguments |= {"preferred_element_type": spec.result}
     return _plan(lhs, rhs, spec.mode, **arguments)
 
 

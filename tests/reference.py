@@ -12,6 +12,7 @@ import numpy as np
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALLEST_NORMAL = 2.0**-126
+SMALLEST_SUBNORMAL = {"float16": 2.0**-24, "bfloat16": 2.0**-133}
 
 
 class Case(NamedTuple):
@@ -132,12 +133,16 @@ def bound(component: str, case: Case, a: Any, b: Any, dtype: str = "float32") ->
 
     n products added up in any order err by at most n u sum|a||b| (u: unit roundoff), and random rounding errors by some
     sqrt(n) u sum|a||b|: 8 times that is granted. Flushing subnormals adds at most the smallest normal number for each
-    product and sum. A narrow result is rounded once more.
+    product and sum. A narrow result is that sum rounded once: by half a unit of its last place, which is at most its
+    unit roundoff times the sum, or half the smallest subnormal number.
     """
     n = terms(component, case)
     magnitude = COMPONENTS[component](case, np.abs(np.asarray(a, np.float64)), np.abs(np.asarray(b, np.float64)))
     error = min(n, 8 * np.sqrt(n)) * UNIT_ROUNDOFF["float32"] * magnitude + 2 * n * SMALLEST_NORMAL
-    return error if dtype == "float32" else error + UNIT_ROUNDOFF[dtype] * magnitude + 2.0**-24
+    if dtype == "float32":
+        return error
+    largest = np.abs(COMPONENTS[component](case, a, b)) + error
+    return error + UNIT_ROUNDOFF[dtype] * largest + SMALLEST_SUBNORMAL[dtype] / 2
 
 
 def check(component: str, case: Case, got: Any, a: Any, b: Any, dtype: str = "float32") -> None:

@@ -133,14 +133,120 @@ def test_empty_arrays_give_zeros_of_the_right_shape(component: str, case: Case) 
     np.testing.assert_array_equal(got, COMPONENTS[component](case, np.ones(first), np.ones(second)))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[1], SHAPES[3], ADVERSARIAL[12]], ids=str)
+# Narrow dtypes: the same kernels, which widen what they load and narrow what they store
+
+NARROW = ["bfloat16", "float16"]
+NARROW_CASES = [
+    *(SHAPES[i] for i in (0, 1, 3, 4, 5, 7, 8, 11, 12)),  # 3x3, strided, 1x1, strided 1x1, 5x5, two first layers, odd
+    same(Case(2, 6, 7, 15, 17, 3, 3)),
+    same(Case(2, 6, 6, 16, 1, 3, 3)),
+    Case(1, 3, 3, 4, 4, 3, 3, (1, 1), ((5, 6), (7, 5))),  # rows of the result that no pixel reaches
+    Case(1, 25, 25, 300, 70, 1, 1),  # several tiles, channel blocks and feature blocks
+]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_narrow_dtypes_accumulate_in_float32(component: str, case: Case, dtype: str, isa: str) -> None:
+def test_narrow_dtypes_accumulate_in_float32_and_round_once(component: str, case: Case, dtype: str, isa: str) -> None:
     rng = seed("narrow", component, case, dtype)
-    a, b = (jnp.asarray(values(rng, shape, 0.5) / 4, dtype) for shape in operand_shapes(component, case))
-    got = run(component, case, a, b)
-    check(component, case, got, np.asarray(a, np.float64), np.asarray(b, np.float64), dtype)
+    first, second = operand_shapes(component, case)
+    for sparsity in (0.0, 0.5, 0.95):
+        a, b = jnp.asarray(values(rng, first, sparsity), dtype), jnp.asarray(values(rng, second), dtype)
+        for mode in MODES:
+            got = run(component, case, a, b, mode)
+            check(component, case, got, np.asarray(a, np.float64), np.asarray(b, np.float64), dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_narrow_results_of_small_integers_are_the_exact_ones_rounded(
+    component: str, case: Case, dtype: str, isa: str
+) -> None:
+    """Sums beyond 256 and 2048 are not bfloat16 and float16 numbers; many are ties."""
+    rng = seed("narrow integers", component, case)
+    first, second = operand_shapes(component, case)
+    for sparsity_a, sparsity_b in ((0.0, 0.0), (0.5, 0.8), (0.97, 0.2), (1.0, 0.0)):
+        a = values(rng, first, sparsity_a, integers=True).astype(dtype)
+        b = values(rng, second, sparsity_b, integers=True).astype(dtype)
+        want = COMPONENTS[component](case, a, b).astype(np.float32).astype(dtype)
+        for mode in MODES:
+            np.testing.assert_array_equal(run(component, case, a, b, mode), want, err_msg=f"{sparsity_a} {mode}")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
+def test_the_masked_input_gradient_of_narrow_dtypes(case: Case, dtype: str, isa: str) -> None:
+    rng = seed("narrow masked", case)
+    integers = values(rng, case.out_shape, 0.3, integers=True), values(rng, case.rhs_shape, integers=True)
+    floats = values(rng, case.out_shape, 0.3), values(rng, case.rhs_shape)
+    for sparsity in (0.0, 0.6, 0.95):
+        x = values(rng, case.lhs_shape, sparsity).astype(dtype)
+        x[0, 0, 0, 0] = -0.0
+        g, rhs = (operand.astype(dtype) for operand in integers)
+        want = np.where(x == 0, 0, COMPONENTS["bwd_input"](case, g, rhs)).astype(np.float32).astype(dtype)
+        for mode in MODES:
+            np.testing.assert_array_equal(run_masked(case, g, rhs, x, mode), want, err_msg=f"{sparsity} {mode}")
+        g, rhs = (operand.astype(dtype) for operand in floats)
+        dense = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32).astype(dtype)
+        for mode in MODES:
+            got = run_masked(case, g, rhs, x, mode)
+            assert np.all(got[x == 0] == 0)
+            check("bwd_input", case, np.where(x == 0, dense, got), g, rhs, dtype)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_zeros_of_narrow_dtypes_are_counted(component: str, dtype: str, zero: float, isa: str) -> None:
+    case = same(Case(2, 28, 28, 64, 64, 3, 3))
+    first, second = operand_shapes(component, case)
+    b = values(seed(component), second).astype(dtype)
+    for sparsity, path in ((0.95, "sparse"), (0.0, "dense")):
+        a = values(seed(1), first, sparsity).astype(dtype)
+        native.reset_counters()
+        run(component, case, np.where(a == 0, np.asarray(zero, dtype), a), b)
+        counted = {key for key, count in native.counters().items() if count}
+        assert counted == {f"conv_{component}/{path}"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_nonfinite_narrow_values_propagate(component: str, dtype: str, value: float, isa: str) -> None:
+    case = same(Case(1, 9, 9, 20, 24, 3, 3))
+    first, second = operand_shapes(component, case)
+    a = values(seed("nan", component), first, 0.7).astype(dtype)
+    b = (np.abs(values(seed(component), second)) + 1).astype(dtype)
+    a[0, 4, 4, 3] = value
+    touched = np.zeros(first)
+    touched[0, 4, 4, 3] = 1
+    touched = COMPONENTS[component](case, touched, np.ones(second)) != 0
+    for mode in MODES:
+        got = run(component, case, a, b, mode).astype(np.float32)
+        assert np.all(np.isnan(got[touched]) if np.isnan(value) else got[touched] == value)
+        assert np.all(np.isfinite(got[~touched]))
+
+
+def test_sums_beyond_float16_become_infinite(isa: str) -> None:
+    case = Case(1, 4, 4, 32, 16, 1, 1)
+    lhs, rhs = np.full(case.lhs_shape, 256, np.float16), np.full(case.rhs_shape, 8, np.float16)
+    rhs[..., 1] = 7.99  # 7.99 * 256 * 32 rounds to 65440, the largest float16 number below 65504 + 16
+    rhs[..., 2] = -8
+    for mode in MODES:
+        got = run("fwd", case, lhs, rhs, mode)
+        assert np.all(got[..., 0] == np.inf) and np.all(got[..., 2] == -np.inf) and np.all(np.isfinite(got[..., 1]))
+
+
+def test_subnormal_float16_operands_and_results_are_exact(isa: str) -> None:
+    case = Case(1, 4, 8, 32, 16, 1, 1)
+    lhs = (np.arange(np.prod(case.lhs_shape)) % 1024).reshape(case.lhs_shape) * np.float64(2.0**-24)
+    rhs = np.zeros(case.rhs_shape, np.float16)
+    rhs[0, 0, np.arange(32), np.arange(32) % 16] = 1
+    for mode in MODES:
+        got = run("fwd", case, lhs.astype(np.float16), rhs, mode)
+        np.testing.assert_array_equal(got, COMPONENTS["fwd"](case, lhs, rhs).astype(np.float16))
 
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])

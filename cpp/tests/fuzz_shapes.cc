@@ -1,6 +1,6 @@
 // Random shapes through the four operations, against a plain loop over the definition in conv.h, on every ISA of the
-// machine. Small integers, so that every order of summation gives the same bits. .ci/fuzz builds and runs it.
-// Usage: fuzz_shapes [cases] [seed]
+// machine, in every dtype. Small integers, so that every order of summation gives the same bits. .ci/fuzz builds and
+// runs it. Usage: fuzz_shapes [cases] [seed]
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -38,6 +38,28 @@ class FuzzExecutor : public Executor {
   std::vector<std::function<void()>> late_;
 };
 
+constexpr const char* kDTypeNames[kDTypes] = {"float32", "bfloat16", "float16"};
+
+// An array of some dtype, and back. Roundings are those of the ISA in force, which tests/test_dtypes.py checks.
+class Array {
+ public:
+  Array(const std::vector<float>& values, DType dtype) : bytes_(values.size() * size_of(dtype)), dtype_(dtype) {
+    const int64_t n = static_cast<int64_t>(values.size());
+    kernels().data.finish[index_of(dtype)][index_of(dtype)]({values.data(), n, 1, n, bytes_.data(), n, nullptr});
+  }
+  operator ConstTensor() const { return {bytes_.data(), dtype_}; }
+  Tensor out() { return {bytes_.data(), dtype_}; }
+  std::vector<float> values() const {
+    std::vector<float> wide(bytes_.size() / size_of(dtype_));
+    kernels().data.widen[index_of(dtype_)](bytes_.data(), wide.data(), static_cast<int64_t>(wide.size()));
+    return wide;
+  }
+
+ private:
+  std::vector<char> bytes_;
+  DType dtype_;
+};
+
 struct Case {
   ConvShape s;
   std::vector<float> lhs, rhs, g;
@@ -56,15 +78,18 @@ void for_each_product(const ConvShape& s, F f) {
           }
 }
 
-bool same(const char* op, const char* isa, const Case& c, const std::vector<float>& want,
-          const std::vector<float>& got) {
+bool same(const char* op, const char* isa, const Case& c, const std::vector<float>& exact, DType operands,
+          const Array& result) {
+  const std::vector<float> want = Array(exact, static_cast<ConstTensor>(result).dtype).values(), got = result.values();
   for (size_t i = 0; i < want.size(); ++i) {
     if (want[i] == got[i]) continue;
     const ConvShape& s = c.s;
     std::printf(
-        "%s %s: [%zu] is %g, should be %g; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld out %ldx%ld\n",
-        isa, op, i, got[i], want[i], (long)s.n, (long)s.h, (long)s.w, (long)s.c, (long)s.r, (long)s.s, (long)s.k,
-        (long)s.stride_h, (long)s.stride_w, (long)s.pad_top, (long)s.pad_left, (long)s.oh, (long)s.ow);
+        "%s %s of %s: [%zu] is %g, should be %g; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld "
+        "out %ldx%ld\n",
+        isa, op, kDTypeNames[index_of(operands)], i, got[i], want[i], (long)s.n, (long)s.h, (long)s.w, (long)s.c,
+        (long)s.r, (long)s.s, (long)s.k, (long)s.stride_h, (long)s.stride_w, (long)s.pad_top, (long)s.pad_left,
+        (long)s.oh, (long)s.ow);
     return false;
   }
   return true;
@@ -120,19 +145,22 @@ int main(int argc, char** argv) {
     const Mode mode = static_cast<Mode>(random() % 3);
     for (const std::string& isa : available_isas()) {
       set_isa(isa);
-      std::vector<float> got_out(out.size(), 77), got_dlhs(dlhs.size(), 77), got_drhs(drhs.size(), 77),
-          got_masked(dlhs.size(), 77);
+      const DType operands = static_cast<DType>(random() % kDTypes), result = random() % 4 ? operands : DType::kF32;
+      const auto fresh = [result](size_t size) { return Array(std::vector<float>(size, 77), result); };
+      Array got_out = fresh(out.size()), got_dlhs = fresh(dlhs.size()), got_drhs = fresh(drhs.size()),
+            got_masked = fresh(dlhs.size());
       {
+        const Array lhs(c.lhs, operands), rhs(c.rhs, operands), g(c.g, operands);
         FuzzExecutor executor(static_cast<int>(random() % 4) + 1);
-        conv_fwd(s, mode, c.lhs.data(), c.rhs.data(), got_out.data(), executor);
-        conv_bwd_input(s, mode, c.g.data(), c.rhs.data(), got_dlhs.data(), executor);
-        conv_bwd_weights(s, mode, c.lhs.data(), c.g.data(), got_drhs.data(), executor);
-        conv_bwd_input_masked(s, mode, c.g.data(), c.rhs.data(), c.lhs.data(), got_masked.data(), executor);
+        conv_fwd(s, mode, lhs, rhs, got_out.out(), executor);
+        conv_bwd_input(s, mode, g, rhs, got_dlhs.out(), executor);
+        conv_bwd_weights(s, mode, lhs, g, got_drhs.out(), executor);
+        conv_bwd_input_masked(s, mode, g, rhs, lhs, got_masked.out(), executor);
       }
-      const bool ok = same("conv_fwd", isa.c_str(), c, out, got_out) &
-                      same("conv_bwd_input", isa.c_str(), c, dlhs, got_dlhs) &
-                      same("conv_bwd_weights", isa.c_str(), c, drhs, got_drhs) &
-                      same("conv_bwd_input_masked", isa.c_str(), c, masked, got_masked);
+      const bool ok = same("conv_fwd", isa.c_str(), c, out, operands, got_out) &
+                      same("conv_bwd_input", isa.c_str(), c, dlhs, operands, got_dlhs) &
+                      same("conv_bwd_weights", isa.c_str(), c, drhs, operands, got_drhs) &
+                      same("conv_bwd_input_masked", isa.c_str(), c, masked, operands, got_masked);
       ok ? ++passed : ++failed;
     }
     if (failed > 10) break;
