@@ -33,6 +33,7 @@ __all__ = [
     "lower_plain",
     "needs_devices",
     "plain_types",
+    "resharded",
     "standard_primitive",
     "trace",
     "within",
@@ -72,6 +73,15 @@ def is_captured(module: nnx.Module) -> bool:
 def plain_types() -> AbstractContextManager[Any]:
     """A context in which arrays have no explicit shardings."""
     return mesh.use_abstract_mesh(mesh.empty_abstract_mesh)
+
+
+def resharded(function: Callable[..., jax.Array], sharding: Any) -> Callable[..., jax.Array]:
+    """``function`` with Explicit mesh axes left to XLA inside, and its result given ``sharding``.
+
+    ``function`` itself if no axis of the sharding's mesh is Explicit, or if there is no sharding.
+    """
+    axes = sharding.mesh.explicit_axes if sharding is not None else ()
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding) if axes else function
 
 
 def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -117,7 +117,15 @@ class _Call:
         route = self.route
         if route is None:
             return self.lax(lhs, rhs)
-        return route.out(primitives.sparse_conv_fwd(route.lhs(lhs), route.rhs(rhs), spec=route.spec))
+
+        def sparse(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+            return route.out(primitives.sparse_conv_fwd(route.lhs(lhs), route.rhs(rhs), spec=route.spec))
+
+        if self.out_sharding is None:
+            return sparse(lhs, rhs)
+        # The stock operation knows what it makes of the argument, and what is wrong with it.
+        sharding = jax.eval_shape(self.lax, lhs, rhs).sharding
+        return _compat.resharded(sparse, sharding)(lhs, rhs)
 
 
 def _indices(values: Any, default: int, count: int) -> tuple[int, ...] | None:
@@ -169,8 +177,6 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
     known, precision = _precision(call.precision)
     if not known:
         return f"precision {call.precision!r} is not one of lax.Precision's"
-    if call.out_sharding is not None:
-        return "out_sharding is given"
     try:
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, call.dimension_numbers)
         lhs_spec, rhs_spec, out_spec = (tuple(map(operator.index, axes)) for axes in numbers)
@@ -262,10 +268,16 @@ def _reverse_first_bwd(
     if route is None or not relu_input:
         (dlhs,) = jax.linear_transpose(lambda lhs: call(lhs, rhs), lhs)(g)
         return (primitives.where_active(lhs, dlhs) if relu_input else dlhs), drhs
-    dlhs = primitives.sparse_conv_bwd_input_masked(
-        route.out_transposed(g), route.rhs(rhs), route.lhs(lhs), spec=route.spec
-    )
-    return route.lhs_transposed(dlhs, lhs.dtype), drhs
+
+    def masked(g: jax.Array, rhs: jax.Array, lhs: jax.Array) -> jax.Array:
+        dlhs = primitives.sparse_conv_bwd_input_masked(
+            route.out_transposed(g), route.rhs(rhs), route.lhs(lhs), spec=route.spec
+        )
+        return route.lhs_transposed(dlhs, lhs.dtype)
+
+    if call.out_sharding is not None:
+        masked = _compat.resharded(masked, jax.typeof(lhs).sharding)
+    return masked(g, rhs, lhs), drhs
 
 
 _reverse_first.defvjp(_reverse_first_fwd, _reverse_first_bwd)
@@ -425,9 +437,9 @@ def conv_general_dilated(
     Signature, semantics, dtypes and exceptions are those of the stock function; zeros times Inf or NaN may count as 0
     or as NaN. Differentiable in both modes and any nesting of them.
 
-    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation, negative padding and ``out_sharding``,
-    in float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to
-    that and back. :func:`explain` tells which path a call takes.
+    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation and negative padding, in float32,
+    bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to that and back.
+    :func:`explain` tells which path a call takes.
     """
     return ConvHook()(
         lhs,

@@ -333,6 +333,7 @@ def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
         tuple(params["window_strides"]) != ones
         or params["feature_group_count"] != 1
         or params["batch_group_count"] != 1
+        or params.get("out_sharding") is not None
     ):
         return None
     size, window, result = (
