@@ -28,8 +28,7 @@ class SparseConv(nnx.Conv):
       out_features: number of output features.
       kernel_size: window, an integer for one spatial dimension or a sequence.
       strides: window strides.
-      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`. With it the
-        layer differentiates in reverse mode, and in forward mode only over that.
+      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`.
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       sow_sparsity: tell the zeros of this layer's input and of its output's gradient, for ``nnx.capture``: the first is
         sown as ``input_sparsity`` into ``nnx.Intermediate``; the second is the gradient for the ``nnx.Perturbation``

@@ -48,6 +48,7 @@ class ConvSpec:
       padding: zeros added ((top, bottom), (left, right)), none negative.
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       precision: what ``jax.lax`` is told on platforms without kernels of ours; the kernels accumulate in float32.
+      relu_input: that the derivative for the input is zero where the input is; concerns ``sparse_conv_fwd`` only.
     """
 
     input_size: tuple[int, int]
@@ -56,6 +57,7 @@ class ConvSpec:
     padding: tuple[tuple[int, int], tuple[int, int]]
     mode: str = "auto"
     precision: Any = None
+    relu_input: bool = False
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -84,7 +86,7 @@ class ConvSpec:
             text += " strides " + "x".join(map(str, self.strides))
         if any(map(any, self.padding)):
             text += f" padding {self.padding}".replace(" (", "(").replace("padding(", "padding (")
-        return text if self.mode == "auto" else f"{text} {self.mode}"
+        return text + f" {self.mode}" * (self.mode != "auto") + " relu_input" * self.relu_input
 
 
 def per_axis(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:

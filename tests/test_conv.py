@@ -44,7 +44,10 @@ def primitive_names(fun: Callable[..., Any], *args: Any) -> set[str]:
     return names
 
 
-SPARSE_NAMES = {"sparse_conv_fwd", "sparse_conv_bwd_input", "sparse_conv_bwd_weights", "sparse_conv_bwd_input_masked"}
+SPARSE_NAMES = {
+    *("sparse_conv_fwd", "sparse_conv_bwd_input", "sparse_conv_bwd_weights"),
+    *("sparse_conv_bwd_input_masked", "sparse_conv_fwd_masked"),
+}
 
 # window_strides, padding, lhs_dilation, rhs_dilation, feature groups, batch groups, lhs, rhs
 GENERAL = {
@@ -398,10 +401,47 @@ def test_mixed_dtypes_are_a_type_error_that_names_both() -> None:
         st.sparse_conv(lhs, rhs)
 
 
-def test_forward_mode_through_sparse_conv_is_a_type_error() -> None:
-    lhs, rhs = data(10, (2, 7, 8, 6), (3, 3, 6, 4))
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(st.sparse_conv, (lhs, rhs), (lhs, rhs))
+@pytest.mark.parametrize("arguments", [{}, {"strides": 2}, {"kernel_dilation": 2}], ids=str)
+@pytest.mark.parametrize("relu_input", [False, True])
+def test_forward_mode_of_sparse_conv_equals_lax(relu_input: bool, arguments: dict[str, Any]) -> None:
+    x, rhs, dx, drhs = data(10, *((2, 7, 8, 6), (3, 3, 6, 4)) * 2, zeros=0.1)
+    (strides, dilation) = ((arguments.get(name, 1),) * 2 for name in ("strides", "kernel_dilation"))
+
+    def stock(x: jax.Array, rhs: jax.Array) -> jax.Array:
+        relu = jax.nn.relu(x)
+        return lax.conv_general_dilated(relu, rhs, strides, "SAME", None, dilation, NHWC)
+
+    def ours(x: jax.Array, rhs: jax.Array) -> jax.Array:
+        return st.sparse_conv(jax.nn.relu(x), rhs, relu_input=relu_input, **arguments)
+
+    def derivatives(conv: Callable[..., jax.Array]) -> Any:
+        def forward(x: jax.Array, rhs: jax.Array) -> jax.Array:
+            return jax.jvp(lambda x, rhs: conv(x, rhs) ** 2, (x, rhs), (dx, drhs))[1]
+
+        return jax.jit(
+            lambda x, rhs: (
+                jax.jvp(conv, (x, rhs), (dx, drhs)),
+                jax.linearize(conv, x, rhs)[1](dx, drhs),
+                jax.jvp(forward, (x, rhs), (dx, drhs)),
+                jax.grad(lambda x, rhs: forward(x, rhs).sum(), (0, 1))(x, rhs),
+                jax.vmap(lambda dx: jax.jvp(lambda x: conv(x, rhs), (x,), (dx,))[1])(jnp.stack([dx, -dx])),
+                jax.jacfwd(lambda scale: conv(x, scale * rhs))(2.0),
+            )
+        )(x, rhs)
+
+    assert_same(derivatives(ours), derivatives(stock))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_with_relu_input_forward_mode_is_the_transpose_of_reverse_mode(groups: int) -> None:
+    lhs, rhs, tangent, g = data(11, (2, 7, 8, 6), (3, 3, 6 // groups, 4), (2, 7, 8, 6), (2, 7, 8, 4))
+
+    def conv(lhs: jax.Array) -> jax.Array:
+        return st.sparse_conv(lhs, rhs, relu_input=True, feature_group_count=groups)
+
+    forward, reverse = jax.jvp(conv, (lhs,), (tangent,))[1], jax.vjp(conv, lhs)[1](g)[0]
+    assert (forward * g).sum() == (tangent * reverse).sum() != 0
+    assert not np.any(np.asarray(reverse)[np.asarray(lhs) == 0])
 
 
 # relu_input

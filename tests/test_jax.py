@@ -116,9 +116,6 @@ PROGRAMS = {name: value for name, value in dict(globals()).items() if name.start
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("ours", OURS)
 def test_programs_and_their_gradients_equal_lax_with_and_without_jit(ours: str, name: str) -> None:
-    if ours == "sparse_conv" and name == "in_custom_jvp":
-        pytest.skip("differentiates the convolution of tangents, which sparse_conv as a custom_vjp does not offer")
-
     def run(conv: Conv, jit: Callable[[Any], Any]) -> Any:
         function = jit(lambda lhs, rhs: PROGRAMS[name](conv, lhs, rhs))
         argnums = (1,) if name == "in_while" else (0, 1)

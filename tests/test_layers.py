@@ -240,13 +240,14 @@ def test_equal_layers_do_not_make_nnx_jit_trace_again() -> None:
     assert len(traces) == 2
 
 
-def test_forward_mode_goes_through_layers_without_relu_input() -> None:
-    x = inputs(2, 9, 10, 4)
-    layer = st.SparseConv(6, (3, 3), name="conv")
+@pytest.mark.parametrize("relu_input", [False, True])
+def test_forward_mode_goes_through_layers(relu_input: bool) -> None:
+    x = inputs(2, 9, 10, 4)  # out of a ReLU, and so are tangents that are a multiple of it
+    layer = st.SparseConv(6, (3, 3), relu_input=relu_input, name="conv")
     variables = layer.init(jax.random.key(0), x)
     got = jax.jvp(lambda x: layer.apply(variables, x), (x,), (x,))
     close(got, jax.jvp(lambda x: nn.Conv(6, (3, 3), name="conv").apply(variables, x), (x,), (x,)))
-    module = st.nnx.SparseConv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+    module = st.nnx.SparseConv(4, 6, (3, 3), relu_input=relu_input, rngs=nnx.Rngs(0))
     stock = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
     close(jax.jacfwd(lambda t: module(x * t))(1.5), jax.jacfwd(lambda t: stock(x * t))(1.5))
 
