@@ -32,6 +32,7 @@ __all__ = [
     "jaxprs_in_params",
     "lower_plain",
     "needs_devices",
+    "over_explicit_axes",
     "plain_types",
     "resharded",
     "standard_primitive",
@@ -82,6 +83,23 @@ def resharded(function: Callable[..., jax.Array], sharding: Any) -> Callable[...
     """
     axes = sharding.mesh.explicit_axes if sharding is not None else ()
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding) if axes else function
+
+
+def over_explicit_axes(
+    loop: Callable[..., jax.Array], args: Sequence[jax.Array], batched: Sequence[bool]
+) -> Callable[..., jax.Array]:
+    """``loop`` over the leading dimension of its batched arguments; each device its own if Explicit axes shard that."""
+    sharding = jax.typeof(args[batched.index(True)]).sharding
+    axis = sharding.spec[0] if sharding.spec else None
+    if axis is None:
+        return loop
+    return jax.shard_map(
+        loop,
+        mesh=None if mesh.get_abstract_mesh() == sharding.mesh else sharding.mesh,
+        in_specs=tuple(jax.P(axis) if is_batched else jax.P() for is_batched in batched),
+        out_specs=jax.P(axis),
+        axis_names={axis} if isinstance(axis, str) else set(axis),
+    )
 
 
 def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -185,15 +185,17 @@ def _batch(component: _Component, primitive: Any, args: Sequence[Any], dims: Seq
             out = primitive.bind(*folded, spec=spec)
             return out.reshape(*out.shape[:axis], size, each, *out.shape[axis + 1 :]), axis
 
-    mapped = [jnp.moveaxis(arg, dim, 0) for arg, dim, is_batched in zip(args, dims, batched, strict=True) if is_batched]
+    args = [arg if dim is None else jnp.moveaxis(arg, dim, 0) for arg, dim in zip(args, dims, strict=True)]
 
-    def one(slices: Sequence[jax.Array]) -> jax.Array:
-        rest = iter(slices)
-        return primitive.bind(
-            *(next(rest) if is_batched else arg for arg, is_batched in zip(args, batched, strict=True)), spec=spec
-        )
+    def loop(*args: jax.Array) -> jax.Array:
+        def one(slices: Sequence[jax.Array]) -> jax.Array:
+            rest = iter(slices)
+            operands = [next(rest) if is_batched else arg for arg, is_batched in zip(args, batched, strict=True)]
+            return primitive.bind(*_compat.auto_match(*operands), spec=spec)
 
-    return lax.map(one, mapped), 0
+        return lax.map(one, [arg for arg, is_batched in zip(args, batched, strict=True) if is_batched])
+
+    return _compat.over_explicit_axes(loop, args, batched)(*args), 0
 
 
 def _fold(arg: jax.Array, batch_dim: int, axis: int) -> jax.Array:

@@ -190,6 +190,26 @@ def a_bad_out_sharding_raises_what_lax_raises() -> None:
 
 
 @check
+def per_example_gradients_of_explicitly_sharded_examples_need_no_communication() -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    for conv in (functions()["general"], functions()["relu_input"]):
+        gradients = jax.jit(
+            jax.vmap(jax.grad(lambda x, rhs, conv=conv: (conv(x[None], rhs) ** 2).sum(), (0, 1)), (0, None))
+        )
+        want = gradients(lhs, rhs)
+        for axes in ("a", ("a", "b")):
+            with jax.set_mesh(mesh):
+                sharded = jax.device_put(lhs, NamedSharding(mesh, P(axes)))
+                assert collectives(gradients.lower(sharded, rhs).compile()) == {}
+                assert_equal(gradients(sharded, rhs), want)
+
+
+@check
 def the_weight_gradient_is_one_all_reduce_and_the_other_components_none() -> None:
     import jax
     from jax.sharding import NamedSharding
