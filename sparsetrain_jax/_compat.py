@@ -28,7 +28,7 @@ __all__ = [
     "ShardingTypeError",
     "auto_match",
     "is_captured",
-    "is_single_device",
+    "is_partitioned",
     "jaxprs_in_params",
     "lower_plain",
     "needs_devices",
@@ -60,10 +60,12 @@ def needs_devices(primitive: Primitive) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def is_single_device(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether a lowering is for one device, so that nothing has to be partitioned."""
+def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA will partition what is lowered: not for one device, nor where ``shard_map`` did it along all axes."""
     context = ctx.module_context.axis_context
-    return isinstance(context, mlir.ShardingContext) and context.num_devices == 1
+    if isinstance(context, mlir.SPMDAxisContext):
+        return not context.manual_axes >= set(context.mesh.axis_names)
+    return not (isinstance(context, mlir.ShardingContext) and context.num_devices == 1)
 
 
 def is_captured(module: nnx.Module) -> bool:

@@ -526,13 +526,13 @@ def explain_call(
     dims = [batch, *spec.input_size, *features, *spec.kernel_size]
     parts = {name: _explain(name, spec, dims, density) for name in names}
     if relu_input and 0 not in (*dims, *spec.output_size):
-        parts["bwd_input"] = _explain_masked(spec, dims)
+        parts["bwd_input"] = _explain_masked(spec, dims, density)
     return Explanation(parts)
 
 
-def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
+def _explain_masked(spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     """The input gradient under ``relu_input``, which has three ways to skip or not to skip."""
-    plan = native.plan("bwd_input_masked", dims, spec.geometry)
+    plan = {**_work(spec, dims, density), **native.plan("bwd_input_masked", dims, spec.geometry)}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
     if "lax" in plan:
@@ -545,15 +545,17 @@ def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
     return Component("dense" if plan.get("path") == "dense" else "sparse", rule, plan)
 
 
-def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
-    if 0 in (*dims, *spec.output_size):
-        return Component("dense", "an empty array: the result is zeros", {})
+def _work(spec: ConvSpec, dims: list[int], density: float | None) -> dict[str, Any]:
     n, _, _, c, k, r, s = dims
     p, q = spec.output_size
     work = 2e-9 * n * p * q * c * k * r * s
-    plan = {"dense_gflop": work, **native.plan(name, dims, spec.geometry)}
-    if density is not None:
-        plan = {"expected_gflop": density * work, **plan}
+    return {"dense_gflop": work} if density is None else {"expected_gflop": density * work, "dense_gflop": work}
+
+
+def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
+    if 0 in (*dims, *spec.output_size):
+        return Component("dense", "an empty array: the result is zeros", {})
+    plan = {**_work(spec, dims, density), **native.plan(name, dims, spec.geometry)}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
     if "lax" in plan:

@@ -325,7 +325,7 @@ def _make_primitive(component: _Component) -> Any:
     shared = _compat.lower_plain(lambda *operands, spec: partitioned(*operands, spec))
 
     def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
-        return (whole if _compat.is_single_device(ctx) else shared)(ctx, *operands, spec=spec)
+        return (shared if _compat.is_partitioned(ctx) else whole)(ctx, *operands, spec=spec)
 
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
     return primitive

@@ -607,6 +607,7 @@ def test_explain_names_a_path_and_a_reason_for_each_component() -> None:
     assert f"dense_gflop {2e-9 * 4 * 28**2 * 9 * 64**2:.4g}" in text
     assert f"expected_gflop {0.25 * 2e-9 * 4 * 28**2 * 9 * 64**2:.4g}" in text
     assert text.count("runs sparse above a sparsity of") == 3
+    assert str(st.explain(lhs, rhs, density=0.25, relu_input=True)).count("expected_gflop") == 3
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,24 @@ for check_vma_ in (True, False):
 
 
 @check
+def a_function_that_shard_map_divides_can_be_exported() -> None:
+    import jax
+    from jax import export
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    lhs, rhs = data()
+    conv = functions()["relu_input"]
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = everything(jax.shard_map(conv, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a")))
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in st.custom_calls()]
+    blob = export.export(mapped, disabled_checks=checks)(lhs, rhs).serialize()
+    with jax.set_mesh(mesh):
+        assert_equal(jax.jit(export.deserialize(blob).call)(lhs, rhs), everything(conv)(lhs, rhs))
+
+
+@check
 def data_parallel_training_over_a_mesh_equals_one_device() -> None:
     import flax.linen as nn
     import jax
