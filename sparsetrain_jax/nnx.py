@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from . import _compat
 from .conv import ConvHook
+from .primitives import stock_convolution
 from .telemetry import sparsity, tap_gradient
 
 __all__ = ["SparseConv", "sparsify"]
@@ -102,6 +102,6 @@ def sparsify(model: _M) -> _M:
     whose ``conv_general_dilated`` was supplied by the user keep it.
     """
     for _, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Conv) and node.conv_general_dilated is lax.conv_general_dilated:
+        if isinstance(node, nnx.Conv) and node.conv_general_dilated is stock_convolution:
             node.conv_general_dilated = ConvHook()
     return model

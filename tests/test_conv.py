@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 import sparsetrain_jax as st
+from sparsetrain_jax.conv import ConvHook
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -689,9 +692,27 @@ def test_plot_sparsity_draws_a_line_per_layer() -> None:
 
 
 def test_ours_may_be_put_in_place_of_the_stock_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What falls back must reach the stock convolution, not itself."""
-    lhs, rhs = jnp.ones((1, 5, 3)), jnp.ones((3, 3, 2))  # one spatial dimension: no kernels of ours
-    arguments = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
-    want = lax.conv_general_dilated(lhs, rhs, **arguments)
-    monkeypatch.setattr(lax, "conv_general_dilated", st.conv_general_dilated)
-    np.testing.assert_array_equal(lax.conv_general_dilated(lhs, rhs, **arguments), want)
+    """In any of its places. What falls back must reach the stock convolution, not itself, in its gradients too."""
+    lhs, rhs, grouped = data(20, (2, 7, 8, 6), (3, 2, 6, 4), (3, 2, 3, 4))
+    signal, window = data(21, (40,), (5,))
+
+    def everything() -> Any:
+        def loss(lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
+            call = lax.conv_general_dilated
+            return (call(lhs, rhs, (1, 2), "SAME", None, None, NHWC, feature_group_count=groups) ** 2).sum()
+
+        return (
+            jax.grad(loss, (0, 1))(lhs, rhs, 1),
+            jax.grad(loss, (0, 1))(lhs, grouped, 2),
+            jax.vmap(jax.grad(loss, (0, 1)), (0, None, None))(lhs[:, None], grouped, 2),
+            lax.conv_transpose(lhs, rhs, (2, 1), "SAME"),
+            jnp.convolve(signal, window),
+            jax.scipy.signal.convolve2d(lhs[0, :, :, 0], rhs[:, :, 0, 0]),
+            st.nnx.sparsify(nnx.Conv(6, 4, 3, rngs=nnx.Rngs(0))).conv_general_dilated is not lax.conv_general_dilated,
+        )
+
+    want = jax.tree.map(np.asarray, everything())
+    for module in (lax, importlib.import_module("jax._src.lax.convolution")):
+        monkeypatch.setattr(module, "conv_general_dilated", st.conv_general_dilated)
+        jax.tree.map(np.testing.assert_array_equal, everything(), want)
+    assert isinstance(st.nnx.sparsify(nnx.Conv(6, 4, 3, rngs=nnx.Rngs(0))).conv_general_dilated, ConvHook)
