@@ -160,7 +160,9 @@ def _sharding_rule(component: _Component, *avals: Any, spec: ConvSpec) -> NamedS
 
 
 def _sharding_error(message: str) -> Exception:
-    return _compat.ShardingTypeError(f"{message}. Reshard with jax.sharding.reshard first.")
+    return _compat.ShardingTypeError(
+        f"{message}. Reshard with jax.sharding.reshard first, or give conv_general_dilated an out_sharding."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
