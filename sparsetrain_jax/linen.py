@@ -41,6 +41,7 @@ class SparseConv(nn.Conv):
             object.__setattr__(self, "conv_general_dilated_cls", ours)
         super().__post_init__()
 
+    @nn.nowrap  # super's is wrapped: another time would make two calls of one for interceptors, tables and scopes
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolve ``inputs``, ``(*batch, *spatial, in_features)``; see ``nn.Conv``."""
         if not self.sow_sparsity:
