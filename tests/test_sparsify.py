@@ -895,7 +895,7 @@ def test_an_nnx_model_trains_the_same_and_keeps_its_state() -> None:
     for fun in (st.sparsify(loss), loss):
         model = Pyramid(nnx.Rngs(0))
         outcomes.append((nnx.jit(nnx.value_and_grad(fun))(model, x), nnx.state(model)))
-        assert np.asarray(model.norm.mean.get_value()).any()  # it was all zeros
+        assert np.asarray(model.norm.mean[...]).any()  # it was all zeros
     sparse, plain = outcomes
     assert jax.tree.structure(sparse) == jax.tree.structure(plain)
     for a, b in zip(*map(jax.tree.leaves, (sparse, plain)), strict=True):
@@ -918,7 +918,7 @@ def test_a_split_nnx_model_trains_the_same() -> None:
     sparse, plain = (
         jax.eval_shape(jax.value_and_grad(f, has_aux=True), params, rest, x) for f in (st.sparsify(loss), loss)
     )
-    assert sparse == plain
+    assert jax.tree.flatten(sparse) == jax.tree.flatten(plain)
 
 
 def test_tracing_takes_less_than_twice_as_long() -> None:
