@@ -16,6 +16,7 @@ at once, and a silent one (a host without power, a stopped process) is found by 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import signal
@@ -246,6 +247,9 @@ def run_process(arguments: argparse.Namespace) -> int:
     """One process of the run: joins, trains, leaves."""
     name = f"process {arguments.process_id} of {arguments.num_processes}"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # The oldest JAX that is supported has no limit of its own for leaving: there the heartbeats find who does not.
+    limited = "shutdown_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
+    limit: dict[str, Any] = {"shutdown_timeout_seconds": SHUTDOWN_TIMEOUT} if limited else {}
     jax.distributed.initialize(
         arguments.coordinator,
         arguments.num_processes,
@@ -253,7 +257,7 @@ def run_process(arguments: argparse.Namespace) -> int:
         cluster_detection_method="deactivate",
         initialization_timeout=arguments.join_timeout,
         heartbeat_timeout_seconds=arguments.heartbeat_timeout,
-        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        **limit,
     )
     try:
         train(arguments, Console(quiet=arguments.process_id != 0))

@@ -28,11 +28,13 @@ __all__ = [
     "ShardingTypeError",
     "auto_match",
     "is_captured",
-    "is_single_device",
+    "is_partitioned",
     "jaxprs_in_params",
     "lower_plain",
     "needs_devices",
+    "over_explicit_axes",
     "plain_types",
+    "resharded",
     "standard_primitive",
     "trace",
     "within",
@@ -58,10 +60,12 @@ def needs_devices(primitive: Primitive) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def is_single_device(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether a lowering is for one device, so that nothing has to be partitioned."""
+def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA will partition what is lowered: not for one device, nor where ``shard_map`` did it along all axes."""
     context = ctx.module_context.axis_context
-    return isinstance(context, mlir.ShardingContext) and context.num_devices == 1
+    if isinstance(context, mlir.SPMDAxisContext):
+        return not context.manual_axes >= set(context.mesh.axis_names)
+    return not (isinstance(context, mlir.ShardingContext) and context.num_devices == 1)
 
 
 def is_captured(module: nnx.Module) -> bool:
@@ -72,6 +76,32 @@ def is_captured(module: nnx.Module) -> bool:
 def plain_types() -> AbstractContextManager[Any]:
     """A context in which arrays have no explicit shardings."""
     return mesh.use_abstract_mesh(mesh.empty_abstract_mesh)
+
+
+def resharded(function: Callable[..., jax.Array], sharding: Any) -> Callable[..., jax.Array]:
+    """``function`` with Explicit mesh axes left to XLA inside, and its result given ``sharding``.
+
+    ``function`` itself if no axis of the sharding's mesh is Explicit, or if there is no sharding.
+    """
+    axes = sharding.mesh.explicit_axes if sharding is not None else ()
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding) if axes else function
+
+
+def over_explicit_axes(
+    loop: Callable[..., jax.Array], args: Sequence[jax.Array], batched: Sequence[bool]
+) -> Callable[..., jax.Array]:
+    """``loop`` over the leading dimension of its batched arguments; each device its own if Explicit axes shard that."""
+    sharding = jax.typeof(args[batched.index(True)]).sharding
+    axis = sharding.spec[0] if sharding.spec else None
+    if axis is None:
+        return loop
+    return jax.shard_map(
+        loop,
+        mesh=None if mesh.get_abstract_mesh() == sharding.mesh else sharding.mesh,
+        in_specs=tuple(jax.P(axis) if is_batched else jax.P() for is_batched in batched),
+        out_specs=jax.P(axis),
+        axis_names={axis} if isinstance(axis, str) else set(axis),
+    )
 
 
 def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -6,10 +6,9 @@ reason why ``jax.lax`` computes it.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -46,24 +45,15 @@ class _Route:
         return self._enter(rhs, self.rhs_axes, 0)
 
     def out(self, out: jax.Array) -> jax.Array:
-        return self._leave(out, self.out_axes, 1)
-
-    def out_transposed(self, g: jax.Array) -> jax.Array:
-        return self._enter(g, _inverse(self.out_axes), 1)
-
-    def lhs_transposed(self, dlhs: jax.Array, dtype: Any) -> jax.Array:
-        return self._leave(dlhs, _inverse(self.lhs_axes), 1).astype(dtype)
+        if len(self.out_axes) == 3:
+            out = lax.squeeze(out, (1,))
+        return out if self.out_axes == tuple(range(len(self.out_axes))) else lax.transpose(out, self.out_axes)
 
     def _enter(self, x: jax.Array, axes: tuple[int, ...], row: int) -> jax.Array:
         """``x`` in the order of dimensions of the computation; ``row`` is where 1-D ones get their H or R."""
         if axes != tuple(range(len(axes))):
             x = lax.transpose(x, axes)
         return lax.expand_dims(x, (row,)) if len(axes) == 3 else x
-
-    def _leave(self, x: jax.Array, axes: tuple[int, ...], row: int) -> jax.Array:
-        if len(axes) == 3:
-            x = lax.squeeze(x, (row,))
-        return x if axes == tuple(range(len(axes))) else lax.transpose(x, axes)
 
 
 def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
@@ -109,12 +99,21 @@ class _Call:
             out_sharding=self.out_sharding,
         )
 
-    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        """The convolution, differentiable in both modes."""
+    def __call__(self, lhs: jax.Array, rhs: jax.Array, relu_input: bool = False) -> jax.Array:
+        """The convolution, differentiable in both modes; with ``relu_input``, for ``lhs`` only where it is not zero."""
         route = self.route
         if route is None:
-            return self.lax(lhs, rhs)
-        return route.out(primitives.sparse_conv_fwd(route.lhs(lhs), route.rhs(rhs), spec=route.spec))
+            return self.lax(primitives.where_active(lhs, lhs) if relu_input else lhs, rhs)
+        spec = replace(route.spec, relu_input=relu_input)
+
+        def sparse(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+            return route.out(primitives.sparse_conv_fwd(route.lhs(lhs), route.rhs(rhs), spec=spec))
+
+        if self.out_sharding is None:
+            return sparse(lhs, rhs)
+        # The stock operation knows what it makes of the argument, and what is wrong with it.
+        sharding = jax.eval_shape(self.lax, lhs, rhs).sharding
+        return _compat.resharded(sparse, sharding)(lhs, rhs)
 
 
 def _indices(values: Any, default: int, count: int) -> tuple[int, ...] | None:
@@ -166,8 +165,6 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
     known, precision = _precision(call.precision)
     if not known:
         return f"precision {call.precision!r} is not one of lax.Precision's"
-    if call.out_sharding is not None:
-        return "out_sharding is given"
     try:
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, call.dimension_numbers)
         lhs_spec, rhs_spec, out_spec = (tuple(map(operator.index, axes)) for axes in numbers)
@@ -237,43 +234,6 @@ def _array(x: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reverse first: where relu_input changes what the input's gradient is
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reverse_first(call: _Call, relu_input: bool, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return call(lhs, rhs)
-
-
-def _reverse_first_fwd(
-    call: _Call, relu_input: bool, lhs: jax.Array, rhs: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return call(lhs, rhs), (lhs, rhs)
-
-
-def _reverse_first_bwd(
-    call: _Call, relu_input: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    lhs, rhs = saved
-    (drhs,) = jax.linear_transpose(lambda rhs: call(lhs, rhs), rhs)(g)
-    route = call.route
-    if route is None or not relu_input:
-        (dlhs,) = jax.linear_transpose(lambda lhs: call(lhs, rhs), lhs)(g)
-        return (primitives.where_active(lhs, dlhs) if relu_input else dlhs), drhs
-    # g has the dtype of the result, which may be wider; so has the stock gradient.
-    dlhs = primitives.sparse_conv_bwd_input_masked(
-        route.out_transposed(g),
-        route.rhs(rhs.astype(g.dtype)),
-        route.lhs(lhs.astype(g.dtype)),
-        spec=route.spec.gradient,
-    )
-    return route.lhs_transposed(dlhs, lhs.dtype), drhs
-
-
-_reverse_first.defvjp(_reverse_first_fwd, _reverse_first_bwd)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Public functions
 
 
@@ -296,9 +256,7 @@ def sparse_conv(
     Equal to ``jax.lax.conv_general_dilated`` with ``dimension_numbers=("NHWC", "HWIO", "NHWC")`` but for the order of
     summation, and for zeros times Inf or NaN, which may count as 0 or as NaN. Subnormal numbers count as zero.
 
-    Differentiable in reverse mode to any order, and in forward mode over a reverse-mode gradient (a Hessian-vector
-    product). For ``jax.jvp``, ``jax.jacfwd`` and ``jax.linearize`` of the convolution itself use
-    :func:`conv_general_dilated`.
+    Differentiable in both modes and any nesting of them.
 
     Args:
       lhs: input, ``(batch, *spatial, in_features)``; 1 to 3 spatial dimensions.
@@ -312,7 +270,8 @@ def sparse_conv(
       precision: as in ``jax.lax``. The sparse kernels always multiply and accumulate in float32.
       preferred_element_type: dtype of the result, as in ``jax.lax``.
       relu_input: a promise that wherever ``lhs`` is zero its gradient will be discarded, as it is when ``lhs`` comes
-        out of a ReLU. The gradient for ``lhs`` is then exactly zero there, and the work for it is skipped.
+        out of a ReLU. The gradient for ``lhs`` is then exactly zero there, and the work for it is skipped; in forward
+        mode, tangents of ``lhs`` count as zero there, as those of a ReLU are.
       mode: ``"auto"`` measures the zeros of each call and picks; ``"sparse"`` and ``"dense"`` force.
 
     Returns:
@@ -334,7 +293,7 @@ def sparse_conv(
         preferred_element_type=preferred_element_type,
         mode=mode,
     )
-    return _reverse_first(call, bool(relu_input), *_compat.auto_match(lhs, rhs))
+    return call(lhs, rhs, bool(relu_input))
 
 
 def _sparse_conv_call(
@@ -427,9 +386,9 @@ def conv_general_dilated(
     Signature, semantics, dtypes and exceptions are those of the stock function; zeros times Inf or NaN may count as 0
     or as NaN. Differentiable in both modes and any nesting of them.
 
-    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation, negative padding and ``out_sharding``,
-    in float32, bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to
-    that and back. :func:`explain` tells which path a call takes.
+    The sparse kernels take 1 or 2 spatial dimensions without groups, dilation and negative padding, in float32,
+    bfloat16 or float16. They work on channels-last arrays: other ``dimension_numbers`` are transposed to that and back.
+    :func:`explain` tells which path a call takes.
     """
     return ConvHook()(
         lhs,
@@ -490,14 +449,7 @@ class ConvHook:
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
-        return run_call(call, lhs, rhs, self.relu_input)
-
-
-def run_call(call: _Call, lhs: jax.Array, rhs: jax.Array, relu_input: bool) -> jax.Array:
-    """The convolution: in both modes of differentiation, or reverse first with ``relu_input``."""
-    if relu_input:
-        return _reverse_first(call, True, *_compat.auto_match(lhs, rhs))
-    return call(lhs, rhs)
+        return call(lhs, rhs, self.relu_input)
 
 
 def _frozen(value: Any) -> Any:
@@ -572,13 +524,13 @@ def explain_call(
     dims = [batch, *spec.input_size, *features, *spec.kernel_size]
     parts = {name: _explain(name, spec, dims, density) for name in names}
     if relu_input and 0 not in (*dims, *spec.output_size):
-        parts["bwd_input"] = _explain_masked(spec, dims)
+        parts["bwd_input"] = _explain_masked(spec, dims, density)
     return Explanation(parts)
 
 
-def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
+def _explain_masked(spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     """The input gradient under ``relu_input``, which has three ways to skip or not to skip."""
-    plan = native.plan("bwd_input_masked", dims, spec.geometry)
+    plan = {**_work(spec, dims, density), **native.plan("bwd_input_masked", dims, spec.geometry)}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
     if "lax" in plan:
@@ -591,15 +543,17 @@ def _explain_masked(spec: ConvSpec, dims: list[int]) -> Component:
     return Component("dense" if plan.get("path") == "dense" else "sparse", rule, plan)
 
 
-def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
-    if 0 in (*dims, *spec.output_size):
-        return Component("dense", "an empty array: the result is zeros", {})
+def _work(spec: ConvSpec, dims: list[int], density: float | None) -> dict[str, Any]:
     n, _, _, c, k, r, s = dims
     p, q = spec.output_size
     work = 2e-9 * n * p * q * c * k * r * s
-    plan = {"dense_gflop": work, **native.plan(name, dims, spec.geometry)}
-    if density is not None:
-        plan = {"expected_gflop": density * work, **plan}
+    return {"dense_gflop": work} if density is None else {"expected_gflop": density * work, "dense_gflop": work}
+
+
+def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
+    if 0 in (*dims, *spec.output_size):
+        return Component("dense", "an empty array: the result is zeros", {})
+    plan = {**_work(spec, dims, density), **native.plan(name, dims, spec.geometry)}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
     if "lax" in plan:

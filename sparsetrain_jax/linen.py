@@ -20,8 +20,7 @@ class SparseConv(nn.Conv):
     ``Conv_0``: name layers explicitly to move checkpoints between the two.
 
     Attributes:
-      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`. With it the
-        layer differentiates in reverse mode, and in forward mode only over that.
+      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`.
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       sow_sparsity: tell the zeros of this layer's input and of its output's gradient. The first is sown as
         ``input_sparsity`` into the collection ``"intermediates"``; the second is the gradient for the variable
@@ -42,6 +41,7 @@ class SparseConv(nn.Conv):
             object.__setattr__(self, "conv_general_dilated_cls", ours)
         super().__post_init__()
 
+    @nn.nowrap  # super's is wrapped: another time would make two calls of one for interceptors, tables and scopes
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolve ``inputs``, ``(*batch, *spatial, in_features)``; see ``nn.Conv``."""
         if not self.sow_sparsity:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from . import _compat
 from .conv import ConvHook
+from .primitives import stock_convolution
 from .telemetry import sparsity, tap_gradient
 
 __all__ = ["SparseConv", "sparsify"]
@@ -28,8 +28,7 @@ class SparseConv(nnx.Conv):
       out_features: number of output features.
       kernel_size: window, an integer for one spatial dimension or a sequence.
       strides: window strides.
-      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`. With it the
-        layer differentiates in reverse mode, and in forward mode only over that.
+      relu_input: a promise that the input comes out of a ReLU; see :func:`sparsetrain_jax.sparse_conv`.
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       sow_sparsity: tell the zeros of this layer's input and of its output's gradient, for ``nnx.capture``: the first is
         sown as ``input_sparsity`` into ``nnx.Intermediate``; the second is the gradient for the ``nnx.Perturbation``
@@ -103,6 +102,6 @@ def sparsify(model: _M) -> _M:
     whose ``conv_general_dilated`` was supplied by the user keep it.
     """
     for _, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Conv) and node.conv_general_dilated is lax.conv_general_dilated:
+        if isinstance(node, nnx.Conv) and node.conv_general_dilated is stock_convolution:
             node.conv_general_dilated = ConvHook()
     return model

@@ -1,20 +1,21 @@
 """The convolution and its gradients as JAX primitives, all made by one factory.
 
-=================================  ================================  ===============
+=================================  ================================  ===========================
 primitive                          operands                          result
-=================================  ================================  ===============
+=================================  ================================  ===========================
 ``sparse_conv_fwd``                lhs ``NHWC``, rhs ``RSCK``        out ``NPQK``
 ``sparse_conv_bwd_input``          g ``NPQK``, rhs ``RSCK``          dlhs ``NHWC``
 ``sparse_conv_bwd_weights``        lhs ``NHWC``, g ``NPQK``          drhs ``RSCK``
 ``sparse_conv_bwd_input_masked``   g, rhs, x ``NHWC``                dlhs, 0 where x is
-=================================  ================================  ===============
+``sparse_conv_fwd_masked``         lhs, rhs, x ``NHWC``              out of lhs where x is not 0
+=================================  ================================  ===========================
 
 All operands of a call have one dtype: float32, bfloat16 or float16 (accumulated in float32). The result has it too, or
 is float32 if ``spec`` says so. No array is converted as a whole: the custom calls convert tile by tile.
 
 The only parameter is ``spec``, a :class:`~sparsetrain_jax.shapes.ConvSpec`. The first three are bilinear and transpose
-into each other; the last is linear in its first two operands and has no gradient for the third. Differentiation in both
-modes and to any order follows from that.
+into each other. The last two do as well, with a third operand that has no gradient: with ``relu_input``, the derivative
+of ``sparse_conv_fwd`` for the input is the last. Differentiation in both modes and to any order follows from that.
 
 Everything else is read off the letters of the table: shapes, how a batched operand folds into N, C or K, and how a call
 is partitioned over devices. On the CPU a primitive lowers to a custom call, elsewhere to ``jax.lax``.
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ __all__ = [
     "sparse_conv_bwd_input_masked",
     "sparse_conv_bwd_weights",
     "sparse_conv_fwd",
+    "sparse_conv_fwd_masked",
     "stock_convolution",
     "where_active",
 ]
@@ -86,6 +88,10 @@ def _lax_bwd_input_masked(g: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: C
     return where_active(x, _lax_bwd_input(g, rhs, spec=spec))
 
 
+def _fwd_masked(lhs: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    return sparse_conv_fwd(where_active(x, lhs), rhs, spec=spec)
+
+
 def where_active(x: jax.Array, value: jax.Array) -> jax.Array:
     """``value`` where ``x`` is not zero, exactly 0 elsewhere, whatever ``value`` is there."""
     return lax.select(x != 0, value, jnp.zeros_like(value))
@@ -97,10 +103,10 @@ class _Component:
 
     Attributes:
       name: the primitive's name.
-      target: the custom call's name.
+      target: the custom call's name; empty if there is none, and the reference is computed everywhere.
       operands: one string of dimension letters per operand.
       result: the letters of the result.
-      reference: the same function in terms of ``jax.lax``.
+      reference: the same function in terms of ``jax.lax``, or of other components.
     """
 
     name: str
@@ -172,7 +178,9 @@ def _sharding_rule(component: _Component, *avals: Any, spec: ConvSpec) -> NamedS
 
 
 def _sharding_error(message: str) -> Exception:
-    return _compat.ShardingTypeError(f"{message}. Reshard with jax.sharding.reshard first.")
+    return _compat.ShardingTypeError(
+        f"{message}. Reshard with jax.sharding.reshard first, or give conv_general_dilated an out_sharding."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,15 +205,17 @@ def _batch(component: _Component, primitive: Any, args: Sequence[Any], dims: Seq
             out = primitive.bind(*folded, spec=spec)
             return out.reshape(*out.shape[:axis], size, each, *out.shape[axis + 1 :]), axis
 
-    mapped = [jnp.moveaxis(arg, dim, 0) for arg, dim, is_batched in zip(args, dims, batched, strict=True) if is_batched]
+    args = [arg if dim is None else jnp.moveaxis(arg, dim, 0) for arg, dim in zip(args, dims, strict=True)]
 
-    def one(slices: Sequence[jax.Array]) -> jax.Array:
-        rest = iter(slices)
-        return primitive.bind(
-            *(next(rest) if is_batched else arg for arg, is_batched in zip(args, batched, strict=True)), spec=spec
-        )
+    def loop(*args: jax.Array) -> jax.Array:
+        def one(slices: Sequence[jax.Array]) -> jax.Array:
+            rest = iter(slices)
+            operands = [next(rest) if is_batched else arg for arg, is_batched in zip(args, batched, strict=True)]
+            return primitive.bind(*_compat.auto_match(*operands), spec=spec)
 
-    return lax.map(one, mapped), 0
+        return lax.map(one, [arg for arg, is_batched in zip(args, batched, strict=True) if is_batched])
+
+    return _compat.over_explicit_axes(loop, args, batched)(*args), 0
 
 
 def _fold(arg: jax.Array, batch_dim: int, axis: int) -> jax.Array:
@@ -329,17 +339,19 @@ def _make_primitive(component: _Component) -> Any:
         functools.partial(_dtype_rule, component),
         functools.partial(_sharding_rule, component),
     )
+    mlir.register_lowering(primitive, _compat.lower_plain(component.reference))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, component, primitive)
+    _compat.needs_devices(primitive)
+    if not component.target:
+        return primitive
     partitioned = _partitioned(component)
     whole = _compat.lower_plain(functools.partial(_call_native, component))
     shared = _compat.lower_plain(lambda *operands, spec: partitioned(*operands, spec))
 
     def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, spec: ConvSpec) -> Any:
-        return (whole if _compat.is_single_device(ctx) else shared)(ctx, *operands, spec=spec)
+        return (shared if _compat.is_partitioned(ctx) else whole)(ctx, *operands, spec=spec)
 
-    mlir.register_lowering(primitive, _compat.lower_plain(component.reference))
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
-    batching.primitive_batchers[primitive] = functools.partial(_batch, component, primitive)
-    _compat.needs_devices(primitive)
     return primitive
 
 
@@ -357,15 +369,20 @@ _BWD_INPUT_MASKED = _Component(
     "NHWC",
     _lax_bwd_input_masked,
 )
+_FWD_MASKED = _Component("sparse_conv_fwd_masked", "", ("NHWC", "RSCK", "NHWC"), "NPQK", _fwd_masked)
 
 _fwd_p = _make_primitive(_FWD)
 _bwd_input_p = _make_primitive(_BWD_INPUT)
 _bwd_weights_p = _make_primitive(_BWD_WEIGHTS)
 _bwd_input_masked_p = _make_primitive(_BWD_INPUT_MASKED)
+_fwd_masked_p = _make_primitive(_FWD_MASKED)
 
 
 def sparse_conv_fwd(lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
-    """Convolution of lhs ``NHWC`` with rhs ``RSCK``; the result is ``NPQK``. Zeros of lhs are skipped."""
+    """Convolution of lhs ``NHWC`` with rhs ``RSCK``; the result is ``NPQK``. Zeros of lhs are skipped.
+
+    With ``spec.relu_input`` the derivative for lhs is zero where lhs is.
+    """
     return _fwd_p.bind(*_compat.auto_match(lhs, rhs), spec=spec)
 
 
@@ -384,12 +401,17 @@ def sparse_conv_bwd_input_masked(g: jax.Array, rhs: jax.Array, x: jax.Array, *, 
     return _bwd_input_masked_p.bind(*_compat.auto_match(g, rhs, x), spec=spec)
 
 
+def sparse_conv_fwd_masked(lhs: jax.Array, rhs: jax.Array, x: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    """Like :func:`sparse_conv_fwd`, with lhs taken for 0 where ``x`` ``NHWC`` is."""
+    return _fwd_masked_p.bind(*_compat.auto_match(lhs, rhs, x), spec=spec)
+
+
 def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
     """``jax.checkpoint_policies.dots_saveable``, which does not know our convolutions, with them: a checkpoint policy.
 
     Results of matrix products and of all convolutions are saved for the backward pass, others are computed again.
     """
-    ours = prim in (_fwd_p, _bwd_input_p, _bwd_weights_p, _bwd_input_masked_p)
+    ours = prim in (_fwd_p, _bwd_input_p, _bwd_weights_p, _bwd_input_masked_p, _fwd_masked_p)
     return ours or bool(jax.checkpoint_policies.dots_saveable(prim, *args, **params))
 
 
@@ -398,44 +420,58 @@ def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
 # result; the operand that is asked for is only known by its abstract value.
 
 
-def _gradient(
-    call: Callable[..., jax.Array], first: jax.Array, second: jax.Array, wanted: Any, spec: ConvSpec
-) -> jax.Array:
-    """One of ``first`` and ``second`` is ct. If it is wider than the operands, they meet in its dtype, as in lax."""
-    dtype = jnp.promote_types(first.dtype, second.dtype)
-    return call(first.astype(dtype), second.astype(dtype), spec=spec.gradient).astype(wanted.aval.dtype)
+def _gradient(call: Callable[..., jax.Array], *operands: jax.Array, wanted: Any, spec: ConvSpec) -> jax.Array:
+    """One of ``operands`` is ct. If it is wider than the others, they meet in its dtype, as in lax."""
+    dtype = jnp.result_type(*operands)
+    return call(*(x.astype(dtype) for x in operands), spec=spec.gradient).astype(wanted.aval.dtype)
+
+
+def _tangent_of_lhs(tangent: jax.Array, lhs: jax.Array, rhs: jax.Array, *, spec: ConvSpec) -> jax.Array:
+    if spec.relu_input:
+        return sparse_conv_fwd_masked(tangent, rhs, lhs, spec=replace(spec, relu_input=False))
+    return sparse_conv_fwd(tangent, rhs, spec=spec)
 
 
 ad.defbilinear(
     _fwd_p,
-    lambda ct, lhs, rhs, *, spec: _gradient(sparse_conv_bwd_input, ct, rhs, lhs, spec),
-    lambda ct, lhs, rhs, *, spec: _gradient(sparse_conv_bwd_weights, lhs, ct, rhs, spec),
+    lambda ct, lhs, rhs, *, spec: _gradient(sparse_conv_bwd_input, ct, rhs, wanted=lhs, spec=spec),
+    lambda ct, lhs, rhs, *, spec: _gradient(sparse_conv_bwd_weights, lhs, ct, wanted=rhs, spec=spec),
 )
+ad.defjvp(_fwd_p, _tangent_of_lhs, lambda tangent, lhs, rhs, *, spec: sparse_conv_fwd(lhs, tangent, spec=spec))
 ad.defbilinear(
     _bwd_input_p,
-    lambda ct, g, rhs, *, spec: _gradient(sparse_conv_fwd, ct, rhs, g, spec),
-    lambda ct, g, rhs, *, spec: _gradient(sparse_conv_bwd_weights, ct, g, rhs, spec),
+    lambda ct, g, rhs, *, spec: _gradient(sparse_conv_fwd, ct, rhs, wanted=g, spec=spec),
+    lambda ct, g, rhs, *, spec: _gradient(sparse_conv_bwd_weights, ct, g, wanted=rhs, spec=spec),
 )
 ad.defbilinear(
     _bwd_weights_p,
-    lambda ct, lhs, g, *, spec: _gradient(sparse_conv_bwd_input, g, ct, lhs, spec),
-    lambda ct, lhs, g, *, spec: _gradient(sparse_conv_fwd, lhs, ct, g, spec),
+    lambda ct, lhs, g, *, spec: _gradient(sparse_conv_bwd_input, g, ct, wanted=lhs, spec=spec),
+    lambda ct, lhs, g, *, spec: _gradient(sparse_conv_fwd, lhs, ct, wanted=g, spec=spec),
 )
-ad.defjvp(
-    _bwd_input_masked_p,
-    lambda tangent, g, rhs, x, *, spec: sparse_conv_bwd_input_masked(tangent, rhs, x, spec=spec),
-    lambda tangent, g, rhs, x, *, spec: sparse_conv_bwd_input_masked(g, tangent, x, spec=spec),
-    None,
-)
+for _masked in (_bwd_input_masked_p, _fwd_masked_p):
+    ad.defjvp(
+        _masked,
+        lambda tangent, a, rhs, x, *, spec, bind=_masked.bind: bind(*_compat.auto_match(tangent, rhs, x), spec=spec),
+        lambda tangent, a, rhs, x, *, spec, bind=_masked.bind: bind(*_compat.auto_match(a, tangent, x), spec=spec),
+        None,
+    )
 
 
-def _transpose_masked(ct: Any, g: Any, rhs: Any, x: Any, *, spec: ConvSpec) -> tuple[Any, Any, None]:
+def _transpose_bwd_input_masked(ct: Any, g: Any, rhs: Any, x: Any, *, spec: ConvSpec) -> tuple[Any, Any, None]:
     if type(ct) is ad.Zero:
         return None, None, None
-    ct = where_active(x, ct)
     if ad.is_undefined_primal(g):
-        return _gradient(sparse_conv_fwd, ct, rhs, g, spec), None, None
-    return None, _gradient(sparse_conv_bwd_weights, ct, g, rhs, spec), None
+        return _gradient(sparse_conv_fwd_masked, ct, rhs, x, wanted=g, spec=spec), None, None
+    return None, _gradient(sparse_conv_bwd_weights, where_active(x, ct), g, wanted=rhs, spec=spec), None
 
 
-ad.primitive_transposes[_bwd_input_masked_p] = _transpose_masked
+def _transpose_fwd_masked(ct: Any, lhs: Any, rhs: Any, x: Any, *, spec: ConvSpec) -> tuple[Any, Any, None]:
+    if type(ct) is ad.Zero:
+        return None, None, None
+    if ad.is_undefined_primal(lhs):
+        return _gradient(sparse_conv_bwd_input_masked, ct, rhs, x, wanted=lhs, spec=spec), None, None
+    return None, _gradient(sparse_conv_bwd_weights, where_active(x, lhs), ct, wanted=rhs, spec=spec), None
+
+
+ad.primitive_transposes[_bwd_input_masked_p] = _transpose_bwd_input_masked
+ad.primitive_transposes[_fwd_masked_p] = _transpose_fwd_masked

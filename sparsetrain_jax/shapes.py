@@ -50,6 +50,7 @@ class ConvSpec:
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       precision: what ``jax.lax`` is told on platforms without kernels of ours; the kernels accumulate in float32.
       result: ``"float32"`` if the result has that dtype and the operands have a narrower one; None if it has theirs.
+      relu_input: that the derivative for the input is zero where the input is; concerns ``sparse_conv_fwd`` only.
     """
 
     input_size: tuple[int, int]
@@ -59,11 +60,14 @@ class ConvSpec:
     mode: str = "auto"
     precision: Any = None
     result: str | None = None
+    relu_input: bool = False
 
     @property
     def gradient(self) -> ConvSpec:
-        """The spec of the gradients, whose operands all have the dtype of this result, as in ``jax.lax``."""
-        return dataclasses.replace(self, result=None)
+        """The spec of the gradients: their operands all have the dtype of this result, as in ``jax.lax``, and
+        ``relu_input`` has become a third operand.
+        """
+        return dataclasses.replace(self, result=None, relu_input=False)
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -92,7 +96,7 @@ class ConvSpec:
             text += " strides " + "x".join(map(str, self.strides))
         if any(map(any, self.padding)):
             text += f" padding {self.padding}".replace(" (", "(").replace("padding(", "padding (")
-        return text if self.mode == "auto" else f"{text} {self.mode}"
+        return text + f" {self.mode}" * (self.mode != "auto") + " relu_input" * self.relu_input
 
 
 def per_axis(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:

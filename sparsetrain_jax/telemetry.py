@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
+
+from . import _compat
 
 __all__ = ["plot_sparsity", "sparsity", "tap_gradient"]
 
@@ -25,24 +28,50 @@ def sparsity(x: Any, axis: int | Sequence[int] | None = None) -> jax.Array:
     return jnp.mean(jnp.asarray(x) == 0, axis=axis, dtype=jnp.float32)
 
 
-@jax.custom_vjp
 def tap_gradient(y: jax.Array, probe: jax.Array) -> jax.Array:
     """``y``; the gradient for ``probe``, a scalar that nothing depends on, is the sparsity of the gradient for ``y``.
 
-    This is how a layer tells the zeros of a gradient that passes through it: differentiate for the probe too.
+    This is how a layer tells the zeros of a gradient that passes through it: differentiate for the probe too. Under
+    ``vmap`` over ``probe`` each element has its own; otherwise elements are counted together.
     """
-    return y
+    return _tap_p.bind(*_compat.auto_match(y, probe))
 
 
-def _tap_fwd(y: jax.Array, probe: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return y, probe
+# A primitive rather than a custom_vjp, which would take forward mode away. The probe's dimensions, none to begin with,
+# are the leading ones of y.
+_tap_p = _compat.standard_primitive(
+    "tap_gradient", lambda y, probe: y.shape, lambda y, probe: y.dtype, lambda y, probe: y.sharding
+)
+mlir.register_lowering(_tap_p, lambda ctx, y, probe: [y])
 
 
-def _tap_bwd(probe: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return g, sparsity(g).astype(probe.dtype)
+def _tap_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    out, (tangent, of_probe) = tap_gradient(*primals), tangents
+    if type(of_probe) is ad.Zero:
+        return out, tangent
+    return out, tap_gradient(ad.instantiate_zeros(tangent), of_probe)
 
 
-tap_gradient.defvjp(_tap_fwd, _tap_bwd)
+def _tap_transpose(ct: Any, y: Any, probe: Any) -> tuple[Any, Any]:
+    if type(ct) is ad.Zero:
+        return None, None
+    counted = probe.aval if ad.is_undefined_primal(probe) else probe
+    zeros = sparsity(ct, tuple(range(counted.ndim, ct.ndim))).astype(counted.dtype)
+    return (ct if ad.is_undefined_primal(y) else None), (zeros if ad.is_undefined_primal(probe) else None)
+
+
+def _tap_batch(args: Sequence[Any], dims: Sequence[Any]) -> tuple[Any, int]:
+    (y, probe), (dim, of_probe) = args, dims
+    if of_probe is None:
+        return tap_gradient(jnp.moveaxis(y, dim, probe.ndim), probe), probe.ndim
+    probe = jnp.moveaxis(probe, of_probe, 0)
+    y = jnp.broadcast_to(y, (len(probe), *y.shape)) if dim is None else jnp.moveaxis(y, dim, 0)
+    return tap_gradient(y, probe), 0
+
+
+ad.primitive_jvps[_tap_p] = _tap_jvp
+ad.primitive_transposes[_tap_p] = _tap_transpose
+batching.primitive_batchers[_tap_p] = _tap_batch
 
 
 def plot_sparsity(records: Mapping[str, Sequence[float]] | Sequence[Mapping[str, Any]], *, ax: Any = None) -> Any:

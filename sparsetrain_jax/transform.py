@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend import core, linear_util, source_info_util
 
 from . import _compat, facts, primitives
-from .conv import Component, _Call, _plan, explain_call, run_call
+from .conv import Component, _Call, _plan, explain_call
 from .facts import Facts, Origin
 
 __all__ = ["ConvReport", "SparsifyReport", "sparsify"]
@@ -44,9 +44,8 @@ def sparsify(fn: Callable[..., Any] | None = None, *, explain: bool = False) -> 
         logits = st.sparsify(model.apply)(variables, images, train=False)
 
     Where the input of a convolution provably comes out of a ReLU, its gradient is only computed where the input is not
-    zero (``relu_input`` of :func:`sparse_conv`); such a convolution differentiates in reverse mode, and in forward mode
-    over that. All others keep both modes. The proof needs to see the ReLU: take gradients of ``sparsify(loss)`` rather
-    than sparsify a function that takes them, which also works, but without the proof.
+    zero (``relu_input`` of :func:`sparse_conv`). The proof needs to see the ReLU: take gradients of ``sparsify(loss)``
+    rather than sparsify a function that takes them, which also works, but without the proof.
 
     Args:
       fn: a function of pytrees. JAX arrays in its arguments are traced, as ``jax.jit`` would; everything else, NumPy
@@ -258,7 +257,7 @@ class _Kernel:
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
         call, route = self.call, self.call.route
         if self.component == "fwd" or route is None:
-            return run_call(call, first, second, self.relu_input)
+            return call(first, second, self.relu_input)
         first, second = (
             lax.transpose(operand, axes) for operand, axes in zip((first, second), self.axes[:2], strict=True)
         )
@@ -334,6 +333,7 @@ def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
         tuple(params["window_strides"]) != ones
         or params["feature_group_count"] != 1
         or params["batch_group_count"] != 1
+        or params.get("out_sharding") is not None
     ):
         return None
     size, window, result = (
@@ -522,7 +522,7 @@ class _Walk:
         Args:
           jaxpr: the jaxpr.
           known: facts of its inputs.
-          reverse: whether convolutions in it may give up forward mode.
+          reverse: whether gradients of convolutions in it may come to be asked for.
         """
         key = (tuple(known), reverse, self.grad_inside, self._place)
         memo = self._memo.setdefault(jaxpr, {})
@@ -587,9 +587,10 @@ class _Walk:
         if flip is not None and set(flip.params["dimensions"]) != set(_kernel_axes(eqn)):
             flip = None
         ours = eqn.primitive.name == _FWD
+        promised = ours and eqn.params["spec"].relu_input
         kernel = None if ours else _as_gradient(eqn, flipped=flip is not None)
         if kernel is None:
-            kernel = _Kernel("fwd", _forward(eqn), relu_input)
+            kernel = _Kernel("fwd", _forward(eqn), relu_input or promised)
         elif kernel.component == "bwd_input" and flip is not None:
             invars[1] = flip.invars[0]
         new = [eqn] if ours and not relu_input else None
@@ -619,6 +620,8 @@ class _Walk:
             proof = "in a loop that only forward mode differentiates, or in a function with a rule of its own"
         else:
             proof = _proof(operands[0])
+        if kernel.relu_input and not operands[0].qualifies:
+            proof = "promised by the layer"
         if kernel.relu_input and replaced and paths["bwd_input"].path != "lax":
             paths["bwd_input"] = Component("sparse", "only where the input is not zero", {})
         return ConvReport(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 import sparsetrain_jax as st
+from sparsetrain_jax.conv import ConvHook
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -44,7 +47,10 @@ def primitive_names(fun: Callable[..., Any], *args: Any) -> set[str]:
     return names
 
 
-SPARSE_NAMES = {"sparse_conv_fwd", "sparse_conv_bwd_input", "sparse_conv_bwd_weights", "sparse_conv_bwd_input_masked"}
+SPARSE_NAMES = {
+    *("sparse_conv_fwd", "sparse_conv_bwd_input", "sparse_conv_bwd_weights"),
+    *("sparse_conv_bwd_input_masked", "sparse_conv_fwd_masked"),
+}
 
 # window_strides, padding, lhs_dilation, rhs_dilation, feature groups, batch groups, lhs, rhs
 GENERAL = {
@@ -398,10 +404,47 @@ def test_mixed_dtypes_are_a_type_error_that_names_both() -> None:
         st.sparse_conv(lhs, rhs)
 
 
-def test_forward_mode_through_sparse_conv_is_a_type_error() -> None:
-    lhs, rhs = data(10, (2, 7, 8, 6), (3, 3, 6, 4))
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(st.sparse_conv, (lhs, rhs), (lhs, rhs))
+@pytest.mark.parametrize("arguments", [{}, {"strides": 2}, {"kernel_dilation": 2}], ids=str)
+@pytest.mark.parametrize("relu_input", [False, True])
+def test_forward_mode_of_sparse_conv_equals_lax(relu_input: bool, arguments: dict[str, Any]) -> None:
+    x, rhs, dx, drhs = data(10, *((2, 7, 8, 6), (3, 3, 6, 4)) * 2, zeros=0.1)
+    (strides, dilation) = ((arguments.get(name, 1),) * 2 for name in ("strides", "kernel_dilation"))
+
+    def stock(x: jax.Array, rhs: jax.Array) -> jax.Array:
+        relu = jax.nn.relu(x)
+        return lax.conv_general_dilated(relu, rhs, strides, "SAME", None, dilation, NHWC)
+
+    def ours(x: jax.Array, rhs: jax.Array) -> jax.Array:
+        return st.sparse_conv(jax.nn.relu(x), rhs, relu_input=relu_input, **arguments)
+
+    def derivatives(conv: Callable[..., jax.Array]) -> Any:
+        def forward(x: jax.Array, rhs: jax.Array) -> jax.Array:
+            return jax.jvp(lambda x, rhs: conv(x, rhs) ** 2, (x, rhs), (dx, drhs))[1]
+
+        return jax.jit(
+            lambda x, rhs: (
+                jax.jvp(conv, (x, rhs), (dx, drhs)),
+                jax.linearize(conv, x, rhs)[1](dx, drhs),
+                jax.jvp(forward, (x, rhs), (dx, drhs)),
+                jax.grad(lambda x, rhs: forward(x, rhs).sum(), (0, 1))(x, rhs),
+                jax.vmap(lambda dx: jax.jvp(lambda x: conv(x, rhs), (x,), (dx,))[1])(jnp.stack([dx, -dx])),
+                jax.jacfwd(lambda scale: conv(x, scale * rhs))(2.0),
+            )
+        )(x, rhs)
+
+    assert_same(derivatives(ours), derivatives(stock))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_with_relu_input_forward_mode_is_the_transpose_of_reverse_mode(groups: int) -> None:
+    lhs, rhs, tangent, g = data(11, (2, 7, 8, 6), (3, 3, 6 // groups, 4), (2, 7, 8, 6), (2, 7, 8, 4))
+
+    def conv(lhs: jax.Array) -> jax.Array:
+        return st.sparse_conv(lhs, rhs, relu_input=True, feature_group_count=groups)
+
+    forward, reverse = jax.jvp(conv, (lhs,), (tangent,))[1], jax.vjp(conv, lhs)[1](g)[0]
+    assert (forward * g).sum() == (tangent * reverse).sum() != 0
+    assert not np.any(np.asarray(reverse)[np.asarray(lhs) == 0])
 
 
 # relu_input
@@ -567,6 +610,7 @@ def test_explain_names_a_path_and_a_reason_for_each_component() -> None:
     assert f"dense_gflop {2e-9 * 4 * 28**2 * 9 * 64**2:.4g}" in text
     assert f"expected_gflop {0.25 * 2e-9 * 4 * 28**2 * 9 * 64**2:.4g}" in text
     assert text.count("runs sparse above a sparsity of") == 3
+    assert str(st.explain(lhs, rhs, density=0.25, relu_input=True)).count("expected_gflop") == 3
 
 
 @pytest.mark.parametrize(
@@ -648,9 +692,27 @@ def test_plot_sparsity_draws_a_line_per_layer() -> None:
 
 
 def test_ours_may_be_put_in_place_of_the_stock_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What falls back must reach the stock convolution, not itself."""
-    lhs, rhs = jnp.ones((1, 5, 3)), jnp.ones((3, 3, 2))  # one spatial dimension: no kernels of ours
-    arguments = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
-    want = lax.conv_general_dilated(lhs, rhs, **arguments)
-    monkeypatch.setattr(lax, "conv_general_dilated", st.conv_general_dilated)
-    np.testing.assert_array_equal(lax.conv_general_dilated(lhs, rhs, **arguments), want)
+    """In any of its places. What falls back must reach the stock convolution, not itself, in its gradients too."""
+    lhs, rhs, grouped = data(20, (2, 7, 8, 6), (3, 2, 6, 4), (3, 2, 3, 4))
+    signal, window = data(21, (40,), (5,))
+
+    def everything() -> Any:
+        def loss(lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
+            call = lax.conv_general_dilated
+            return (call(lhs, rhs, (1, 2), "SAME", None, None, NHWC, feature_group_count=groups) ** 2).sum()
+
+        return (
+            jax.grad(loss, (0, 1))(lhs, rhs, 1),
+            jax.grad(loss, (0, 1))(lhs, grouped, 2),
+            jax.vmap(jax.grad(loss, (0, 1)), (0, None, None))(lhs[:, None], grouped, 2),
+            lax.conv_transpose(lhs, rhs, (2, 1), "SAME"),
+            jnp.convolve(signal, window),
+            jax.scipy.signal.convolve2d(lhs[0, :, :, 0], rhs[:, :, 0, 0]),
+            st.nnx.sparsify(nnx.Conv(6, 4, 3, rngs=nnx.Rngs(0))).conv_general_dilated is not lax.conv_general_dilated,
+        )
+
+    want = jax.tree.map(np.asarray, everything())
+    for module in (lax, importlib.import_module("jax._src.lax.convolution")):
+        monkeypatch.setattr(module, "conv_general_dilated", st.conv_general_dilated)
+        jax.tree.map(np.testing.assert_array_equal, everything(), want)
+    assert isinstance(st.nnx.sparsify(nnx.Conv(6, 4, 3, rngs=nnx.Rngs(0))).conv_general_dilated, ConvHook)

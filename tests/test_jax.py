@@ -116,9 +116,6 @@ PROGRAMS = {name: value for name, value in dict(globals()).items() if name.start
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("ours", OURS)
 def test_programs_and_their_gradients_equal_lax_with_and_without_jit(ours: str, name: str) -> None:
-    if ours == "sparse_conv" and name == "in_custom_jvp":
-        pytest.skip("differentiates the convolution of tangents, which sparse_conv as a custom_vjp does not offer")
-
     def run(conv: Conv, jit: Callable[[Any], Any]) -> Any:
         function = jit(lambda lhs, rhs: PROGRAMS[name](conv, lhs, rhs))
         argnums = (1,) if name == "in_while" else (0, 1)
@@ -367,6 +364,32 @@ def test_linen_layers_tell_the_sparsity_of_inputs_and_output_gradients() -> None
     assert outputs["first"]["output_gradient_sparsity"] >= np.mean(np.asarray(hidden) == 0) - 1e-6
     silent = jax.grad(lambda params: Net(tell=False).apply({"params": params}, lhs).sum())(variables["params"])
     equal(grads, silent)
+
+
+def test_telemetry_takes_forward_mode_and_vmap() -> None:
+    lhs, _ = operands()
+    variables = Net().init(jax.random.key(0), lhs)
+
+    def model(x: jax.Array, variables: Any = variables, tell: bool = True) -> jax.Array:
+        return Net(tell).apply(variables, x)
+
+    equal(jax.jvp(model, (lhs,), (lhs,)), jax.jvp(lambda x: model(x, tell=False), (lhs,), (lhs,)))
+
+    def zeros(probes: Any, x: jax.Array) -> jax.Array:
+        loss = lambda probes: model(x, {**variables, "perturbations": probes}).sum()  # noqa: E731
+        return jax.grad(loss)(probes)["second"]["output_gradient_sparsity"]
+
+    each = [zeros(variables["perturbations"], image[None]) for image in lhs]
+    assert each[0] != each[1]
+    probes = jax.tree.map(lambda probe: jnp.zeros(2), variables["perturbations"])
+    got = jax.vmap(zeros)(probes, lhs[:, None])
+    np.testing.assert_allclose(got, each, rtol=1e-6)
+
+    def together(probes: Any) -> jax.Array:
+        return jax.vmap(lambda image: model(image[None], {**variables, "perturbations": probes}).sum())(lhs).sum()
+
+    got = jax.grad(together)(variables["perturbations"])["second"]["output_gradient_sparsity"]
+    np.testing.assert_allclose(got, np.mean(each), rtol=1e-6)
 
 
 def test_telemetry_costs_nothing_when_it_is_off() -> None:

@@ -240,13 +240,36 @@ def test_equal_layers_do_not_make_nnx_jit_trace_again() -> None:
     assert len(traces) == 2
 
 
-def test_forward_mode_goes_through_layers_without_relu_input() -> None:
+@pytest.mark.parametrize("sow_sparsity", [False, True])
+def test_a_call_of_a_linen_layer_is_one_call_to_flax(sow_sparsity: bool) -> None:
     x = inputs(2, 9, 10, 4)
-    layer = st.SparseConv(6, (3, 3), name="conv")
+    seen = []
+    for layer in (st.SparseConv(6, (3, 3), sow_sparsity=sow_sparsity, name="conv"), nn.Conv(6, (3, 3), name="conv")):
+        model = nn.Sequential([layer, nn.relu])
+        variables = model.init(jax.random.key(0), x)
+        _, state = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+        calls: list[str] = []
+
+        def intercept(f: Any, args: Any, kwargs: Any, context: Any, calls: list[str] = calls) -> Any:
+            calls.append(context.method_name)
+            return f(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            jaxpr = jax.make_jaxpr(lambda x, model=model, variables=variables: model.apply(variables, x))(x)
+        scopes = {str(e.source_info.name_stack) for e in jaxpr.eqns if "conv" in e.primitive.name}
+        rows = nn.tabulate(model, jax.random.key(0), console_kwargs={"width": 300})(x).count("layers_0")
+        seen.append((len(state["intermediates"]["layers_0"]["__call__"]), calls, scopes, rows))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("relu_input", [False, True])
+def test_forward_mode_goes_through_layers(relu_input: bool) -> None:
+    x = inputs(2, 9, 10, 4)  # out of a ReLU, and so are tangents that are a multiple of it
+    layer = st.SparseConv(6, (3, 3), relu_input=relu_input, name="conv")
     variables = layer.init(jax.random.key(0), x)
     got = jax.jvp(lambda x: layer.apply(variables, x), (x,), (x,))
     close(got, jax.jvp(lambda x: nn.Conv(6, (3, 3), name="conv").apply(variables, x), (x,), (x,)))
-    module = st.nnx.SparseConv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+    module = st.nnx.SparseConv(4, 6, (3, 3), relu_input=relu_input, rngs=nnx.Rngs(0))
     stock = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
     close(jax.jacfwd(lambda t: module(x * t))(1.5), jax.jacfwd(lambda t: stock(x * t))(1.5))
 

@@ -5,6 +5,7 @@ The tests of this file run in one other process, which has four host devices; ea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -116,6 +117,98 @@ for layout_ in LAYOUTS:
             )
 
 
+# lhs spec, rhs spec, out_sharding; all on a mesh of 2 x 2 Explicit axes. The last two need communication.
+OUT_SHARDINGS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]] = {
+    "batch": (("a",), (), ("a",)),
+    "output_features": ((), (None, None, None, "b"), (None, None, None, "b")),
+    "batch_and_output_features": (("a",), (None, None, None, "b"), ("a", None, None, "b")),
+    "input_features": ((None, None, None, "a"), (None, None, "a"), ()),
+    "of_its_own": (("a",), (), (None, "b")),
+}
+
+
+def out_sharding_is_that_of_lax_and_keeps_the_kernels(layout: str, relu_input: bool) -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from sparsetrain_jax.conv import ConvHook
+
+    lhs_spec, rhs_spec, out_spec = OUT_SHARDINGS[layout]
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    lhs, rhs = data()
+
+    def run(conv: Callable[..., Any], out_sharding: Any) -> Callable[[Any, Any], Any]:
+        def call(lhs: Any, rhs: Any) -> Any:
+            return conv(lhs, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), out_sharding=out_sharding)
+
+        return everything(call)
+
+    hook = ConvHook(relu_input=relu_input)
+    want = run(hook, None)(lhs, rhs)  # not from lax: XLA gets the kernel gradient of "of_its_own" wrong
+    for out_sharding in (P(*out_spec), NamedSharding(mesh, P(*out_spec))):
+        with jax.set_mesh(mesh):
+            a = jax.device_put(lhs, NamedSharding(mesh, P(*lhs_spec)))
+            b = jax.device_put(rhs, NamedSharding(mesh, P(*rhs_spec)))
+            got, stock = run(hook, out_sharding)(a, b), run(jax.lax.conv_general_dilated, out_sharding)(a, b)
+            assert_equal(got, want)
+            for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(stock), strict=True):
+                assert g.sharding.is_equivalent_to(w.sharding, 4), (g.sharding, w.sharding)
+            assert "sparse_conv_fwd" in str(jax.make_jaxpr(run(hook, out_sharding))(a, b))
+            if layout not in ("input_features", "of_its_own"):
+                assert "all-gather" not in collectives(run(hook, out_sharding).lower(a, b).compile())
+
+
+for layout_ in OUT_SHARDINGS:
+    for relu_input_ in (False, True):
+        name_ = f"out_sharding_is_that_of_lax_and_keeps_the_kernels[{layout_}-relu_input={relu_input_}]"
+        check(out_sharding_is_that_of_lax_and_keeps_the_kernels, layout_, relu_input_, name=name_)
+
+
+@check
+def a_bad_out_sharding_raises_what_lax_raises() -> None:
+    import jax
+    from jax.sharding import AxisType
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    lhs, rhs = data()
+    meshes = [jax.make_mesh((4,), ("a",), axis_types=(getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")]
+    for mesh in (None, *meshes):
+        for out_sharding in (P("a"), P("no such axis"), P("a", "a"), P(None, None, "a"), P(*"aaaaa"), "a"):
+            raised = []
+            for conv in (jax.lax.conv_general_dilated, st.conv_general_dilated):
+                try:
+                    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                        conv(lhs, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                             out_sharding=out_sharding)  # fmt: skip
+                    raised.append(None)
+                except Exception as error:
+                    raised.append(type(error))
+            assert raised[0] is raised[1], (mesh, out_sharding, raised)
+
+
+@check
+def per_example_gradients_of_explicitly_sharded_examples_need_no_communication() -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    for conv in (functions()["general"], functions()["relu_input"]):
+        gradients = jax.jit(
+            jax.vmap(jax.grad(lambda x, rhs, conv=conv: (conv(x[None], rhs) ** 2).sum(), (0, 1)), (0, None))
+        )
+        want = gradients(lhs, rhs)
+        for axes in ("a", ("a", "b")):
+            with jax.set_mesh(mesh):
+                sharded = jax.device_put(lhs, NamedSharding(mesh, P(axes)))
+                assert collectives(gradients.lower(sharded, rhs).compile()) == {}
+                assert_equal(gradients(sharded, rhs), want)
+
+
 @check
 def the_weight_gradient_is_one_all_reduce_and_the_other_components_none() -> None:
     import jax
@@ -194,6 +287,24 @@ for check_vma_ in (True, False):
         for axes_ in ("all", "some"):
             name_ = f"shard_map_equals_the_whole[check_vma={check_vma_}-{function_}-{axes_}]"
             check(shard_map_equals_the_whole, check_vma_, function_, axes_, name=name_)
+
+
+@check
+def a_function_that_shard_map_divides_can_be_exported() -> None:
+    import jax
+    from jax import export
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    lhs, rhs = data()
+    conv = functions()["relu_input"]
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = everything(jax.shard_map(conv, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a")))
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in st.custom_calls()]
+    blob = export.export(mapped, disabled_checks=checks)(lhs, rhs).serialize()
+    with jax.set_mesh(mesh):
+        assert_equal(jax.jit(export.deserialize(blob).call)(lhs, rhs), everything(conv)(lhs, rhs))
 
 
 @check
