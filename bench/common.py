@@ -50,6 +50,8 @@ COMPONENT_TITLES = {
     BWI_MASKED: "BWI computed only where lhs != 0 (relu_input=True)",
 }
 OURS, ONEDNN, XLA = "ours", "onednn", "xla"
+FORCED = ("sparse", "dense")  # our own modes, as competitors of the mode that is measured
+MASKS = ("iid", "blobs", "images", "rows", "channels")
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -249,6 +251,7 @@ class Record:
     xla_min_s: float | None = None
     xla_kind: str | None = None
     x_xla: float | None = None
+    x_forced: float | None = None
     error_over_bound: float | None = None
     dtype: str = "float32"
     untuned_gflops: float | None = None
@@ -267,13 +270,20 @@ def mask_nonzero(shape: tuple[int, ...], sparsity: float, kind: str, rng: np.ran
     """A boolean mask (NHWC) in which a fraction `sparsity` is False, up to rounding.
 
     Args:
-      kind: "iid" draws every element by itself. "blobs" thresholds smoothed noise plus an offset for each channel, so
-        that zeros cluster in space and channels differ in density, as in the ReLU maps of a trained network.
+      kind: "iid" draws every element by itself. So do "images", "rows" and "channels", but each image, row or channel
+        has a sparsity of its own, evenly spread around the given one. "blobs" thresholds smoothed noise plus an offset
+        for each channel, so that zeros cluster in space and channels differ in density, as in ReLU maps of a trained
+        network.
     """
     if kind == "iid":
         return rng.random(shape, dtype=np.float32) >= sparsity
+    if kind in ("images", "rows", "channels"):
+        varies = {"images": (shape[0], 1, 1, 1), "rows": (1, shape[1], 1, 1), "channels": (1, 1, 1, shape[3])}[kind]
+        spread = min(sparsity, 1 - sparsity)
+        own = np.linspace(sparsity - spread, sparsity + spread, math.prod(varies), dtype=np.float32)
+        return rng.random(shape, dtype=np.float32) >= rng.permutation(own).reshape(varies)
     if kind != "blobs":
-        raise ValueError(f"mask: {kind!r} is not one of 'iid', 'blobs'")
+        raise ValueError(f"mask: {kind!r} is not one of {', '.join(MASKS)}")
     from scipy import ndimage
 
     field = rng.standard_normal(shape, dtype=np.float32)
@@ -353,12 +363,12 @@ class Compiled(NamedTuple):
 
 
 def compile_jax(layer: Layer, batch: int, component: str, which: str, mode: str, dtype: str = "float32") -> Compiled:
-    """Compile one component through the public API: ours (`sparse_conv`) or XLA's (`lax.conv_general_dilated`)."""
+    """Compile one component through the public API: XLA's (`lax.conv_general_dilated`) or ours (`sparse_conv`)."""
     import jax
     from jax import lax
 
     strides, padding = (layer.stride,) * 2, ((layer.pad,) * 2,) * 2
-    if which == OURS:
+    if which != XLA:
         import sparsetrain_jax as st
 
         def conv(x: Any, w: Any) -> Any:
@@ -583,7 +593,8 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
             component = {BWW_G: BWW_LHS, BWI_MASKED: BWI}.get(component, component)
         key = (case.layer.name, case.batch, component, which, dtype)
         if key not in compiled:
-            compiled[key] = compile_jax(case.layer, case.batch, component, which, options.mode, dtype)
+            mode = which if which in FORCED else options.mode
+            compiled[key] = compile_jax(case.layer, case.batch, component, which, mode, dtype)
         return compiled[key]
 
     ordered = sorted(cases, key=lambda case: list(LAYERS).index(case.layer.name) if case.layer.name in LAYERS else -1)
@@ -607,6 +618,8 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
             entries = {OURS: jax_competitor(ours_compiled, ",".join(targets), on_device)}
             if ONEDNN in options.baselines and (way := _fastest(torch_competitors(case, arrays))):
                 entries[ONEDNN] = way
+            for mode in set(FORCED) & set(options.baselines):
+                entries[mode] = jax_competitor(compiled_for(case, mode, options.dtype), mode, on_device)
             if XLA in options.baselines:
                 program = compiled_for(case, XLA, options.dtype)
                 entries[XLA] = jax_competitor(program, xla_kind(program.text), on_device)
@@ -691,6 +704,8 @@ def _record(
     if onednn := times.get(ONEDNN):
         record.onednn_s, record.onednn_min_s, record.x_onednn = onednn.median, onednn.minimum, _ratio(onednn, ours)
         record.onednn_call = entries[ONEDNN].label
+    if forced := [times[mode] for mode in FORCED if mode in times]:
+        record.x_forced = min(_ratio(timing, ours) for timing in forced)
     if xla := times.get(XLA):
         record.xla_s, record.xla_min_s, record.x_xla = xla.median, xla.minimum, _ratio(xla, ours)
         record.xla_kind = entries[XLA].label

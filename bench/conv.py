@@ -37,14 +37,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sparsity", default="0,.5,.7,.9", help="comma list of fractions of zeros")
     parser.add_argument("--components", default="fwd,bwd_input,bwd_weights", help=f"of {', '.join(COMPONENTS)}, or all")
     parser.add_argument("--batch", type=int, help="images; default 16, and 4 for inputs of 112x112 and above")
-    parser.add_argument("--mask", choices=("iid", "blobs"), default="iid", help="how zeros are spread")
+    parser.add_argument("--mask", choices=common.MASKS, default="iid", help="how zeros are spread")
     parser.add_argument("--mode", choices=("auto", "sparse", "dense"), default="auto")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arrays, baselines' too"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for each competitor of each case")
-    parser.add_argument("--baselines", default="onednn,xla", help="of onednn, xla; empty for none")
+    parser.add_argument(
+        "--baselines",
+        default="onednn,xla",
+        help="of onednn, xla, sparse, dense (the latter: our own forced modes); empty for none",
+    )
     parser.add_argument("--no-untuned", action="store_true", help="skip the second pass in an untuned environment")
     parser.add_argument("--csv", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
@@ -135,6 +139,7 @@ def component_table(component: str, records: list[Record]) -> Table:
         ("of roofline", roofline),
         ("x oneDNN", lambda r: common.colored_ratio(r.x_onednn)),
         ("x XLA", lambda r: common.colored_ratio(r.x_xla)),
+        ("x forced", lambda r: common.colored_ratio(r.x_forced)),
         ("XLA by", lambda r: r.xla_kind or "-"),
         ("path", lambda r: r.path),
         ("untuned: GF/s", lambda r: common.number(r.untuned_gflops, ".0f")),
@@ -166,6 +171,8 @@ def summary_table(records: list[Record]) -> Table:
         ("worst", "x_onednn", worst),
         ("x XLA", "x_xla", lambda rows, name: common.colored_ratio(mean(rows, name))),
         ("worst", "x_xla", worst),
+        ("x forced", "x_forced", lambda rows, name: common.colored_ratio(mean(rows, name))),
+        ("worst", "x_forced", worst),
         ("untuned: x oneDNN", "untuned_x_onednn", lambda rows, name: common.number(mean(rows, name))),
         ("x XLA", "untuned_x_xla", lambda rows, name: common.number(mean(rows, name))),
     ]

@@ -191,7 +191,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--networks", help="comma list of networks of the profile; default all")
     parser.add_argument("--masked", action="store_true", help="BWI with relu_input=True")
     parser.add_argument("--grid", type=float, default=0.0, help="round sparsities to multiples of this: fewer cases")
-    parser.add_argument("--mask", choices=("iid", "blobs"), default="iid")
+    parser.add_argument("--mask", choices=common.MASKS, default="iid")
     parser.add_argument("--mode", choices=("auto", "sparse", "dense"), default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each competitor of each case")

@@ -200,7 +200,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine
   plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   // A visit has its own cost beside its multiply-adds, which are few where one tap meets few features, and whose masks
   // are short where taps are folded.
-  plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.87f : plan.vectors > 4 ? 0.82f : 0.7f;
+  plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.87f : plan.vectors > 4 ? 0.8f : 0.7f;
   plan.pair_density = 0.25f;
   return plan;
 }
