@@ -114,12 +114,26 @@ struct WeightsPanel {
   int out_features;                            // of vectors * lanes, how many exist in out
 };
 
+// Lists the positions of every channel's non-zeros; of channels in pairs, those of the first alone, of both, and of the
+// second alone, one list after the other.
+struct WeightsListArgs {
+  const uint64_t* masks;  // [channel][words]
+  int words;              // 64 positions each
+  int channels;
+  bool pairs;
+  const uint16_t* positions;  // 0, 1, 2, ...: of all words
+  uint16_t* lists;            // [channel or pair][list_pitch]
+  ptrdiff_t list_pitch;       // >= 64 * words + 16
+  uint16_t* counts;           // [channel], or [pair][3]
+};
+
 // For every non-zero of every channel: sums[channel][tap] += value * dense[position + tap].
 struct WeightsWalkArgs {
   const float* values;
   ptrdiff_t value_pitch;
-  const uint64_t* masks;
-  int words;  // of masks, per channel
+  const uint16_t* lists;  // as WeightsListArgs left them
+  ptrdiff_t list_pitch;
+  const uint16_t* counts;
   int channels;
   bool pairs;          // two channels share the loads of the dense operand where both are non-zero
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
@@ -163,6 +177,7 @@ struct WeightsTransposeArgs {
 struct WeightsKernels {
   int64_t (*count_nonzero)(const float* values, int64_t count);
   int64_t (*pack)(const WeightsPackArgs&);  // returns the number of non-zeros
+  void (*list)(const WeightsListArgs&);
   void (*copy)(const WeightsCopyArgs&);
   void (*walk[kMaxTapRows + 1][kMaxTapColumns + 1][kVectorChoices])(const WeightsWalkArgs&);  // null: not offered
   void (*group[kVectorChoices])(const WeightsGroupArgs&);                                     // null beyond 4 vectors

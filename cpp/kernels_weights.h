@@ -118,77 +118,66 @@ struct Walk {
     });
   }
 
-  static ST_INLINE void visit(uint64_t mask, const float* values, const float* dense, ptrdiff_t row,
+  static ST_INLINE void visit(const uint16_t* list, int count, const float* values, const float* dense, ptrdiff_t row,
                               Vec (&acc)[kCount]) {
-    while (mask != 0) {
-      const size_t i = __builtin_ctzll(mask);
-      mask &= mask - 1;
+    for (const uint16_t* end = list + count; list != end; ++list) {
+      const size_t i = *list;
       const Vec x = Isa::broadcast(values + i);
       each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
     }
   }
 
-  static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c) {
+  static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c, const uint16_t* list, int count) {
     Vec acc[kCount];
     load(args.panel, c, acc);
-    const float* values = args.values + c * args.value_pitch;
-    const uint64_t* masks = args.masks + c * args.words;
-    const float* dense = args.dense;
-    const ptrdiff_t row = args.tap_row * kWidth;
-    for (int w = 0; w < args.words; ++w) {
-      visit(masks[w], values, dense, row, acc);
-      values += 64;
-      dense += 64 * kWidth;
-    }
+    visit(list, count, args.values + c * args.value_pitch, args.dense, args.tap_row * kWidth, acc);
     save(args.panel, c, acc);
   }
 
-  static ST_INLINE void channel_pair(const WeightsWalkArgs& args, int64_t c) {
+  static ST_INLINE void channel_pair(const WeightsWalkArgs& args, int64_t c, const uint16_t* list,
+                                     const uint16_t* counts) {
     Vec acc_a[kCount], acc_b[kCount];
     load(args.panel, c, acc_a);
     load(args.panel, c + 1, acc_b);
     const float* values_a = args.values + c * args.value_pitch;
     const float* values_b = values_a + args.value_pitch;
-    const uint64_t* masks_a = args.masks + c * args.words;
-    const uint64_t* masks_b = masks_a + args.words;
     const float* dense = args.dense;
     const ptrdiff_t row = args.tap_row * kWidth;
-    for (int w = 0; w < args.words; ++w) {
-      const uint64_t a = masks_a[w], b = masks_b[w];
-      visit(a & ~b, values_a, dense, row, acc_a);
-      for (uint64_t both = a & b; both != 0; both &= both - 1) {
-        const size_t i = __builtin_ctzll(both);
-        const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
-        each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
-          acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
-          acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
-        });
-      }
-      visit(b & ~a, values_b, dense, row, acc_b);
-      values_a += 64;
-      values_b += 64;
-      dense += 64 * kWidth;
+    visit(list, counts[0], values_a, dense, row, acc_a);
+    list += counts[0];
+    for (const uint16_t* end = list + counts[1]; list != end; ++list) {
+      const size_t i = *list;
+      const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
+      each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
+        acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
+        acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
+      });
     }
+    visit(list, counts[2], values_b, dense, row, acc_b);
     save(args.panel, c, acc_a);
     save(args.panel, c + 1, acc_b);
   }
 
   static void run(const WeightsWalkArgs& args) {
-    const bool pairs = kPairs && args.pairs;
-    const int64_t turns = pairs ? (args.channels + 1) / 2 : args.channels;
+    const int step = args.pairs ? 2 : 1;
+    const int64_t turns = (args.channels + step - 1) / step;
     Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
-    int c = 0;
-    if constexpr (kPairs) {
-      for (; pairs && c + 2 <= args.channels; c += 2) {
-        next_dense.turn();
-        next_checked.turn();
-        channel_pair(args, c);
-      }
-    }
-    for (; c < args.channels; ++c) {
+    const uint16_t* list = args.lists;
+    const uint16_t* counts = args.counts;
+    for (int c = 0; c < args.channels; c += step, list += args.list_pitch) {
       next_dense.turn();
       next_checked.turn();
-      channel(args, c);
+      if (!args.pairs) {
+        channel(args, c, list, *counts++);
+        continue;
+      }
+      if (kPairs && c + 1 < args.channels) {
+        if constexpr (kPairs) channel_pair(args, c, list, counts);
+      } else {  // the positions of either channel lie side by side
+        channel(args, c, list, counts[0] + counts[1]);
+        if (c + 1 < args.channels) channel(args, c + 1, list + counts[0], counts[1] + counts[2]);
+      }
+      counts += 3;
     }
   }
 };
@@ -330,6 +319,38 @@ struct Pack {
 };
 
 template <class Isa>
+void weights_list(const WeightsListArgs& args) {
+  constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
+  const auto append = [&](uint64_t mask, const uint16_t* positions, uint16_t* list) ST_LAMBDA {
+    for (int i = 0; i < 64; i += Isa::kLanes) {
+      const uint32_t lanes = static_cast<uint32_t>(mask >> i) & kLaneBits;
+      Isa::compress_u16(list, lanes, positions + i);
+      list += __builtin_popcount(lanes);
+    }
+    return list;
+  };
+  const uint64_t* masks = args.masks;
+  const auto words = [&](uint16_t* list, uint16_t* count, auto&& mask) ST_LAMBDA {
+    uint16_t* end = list;
+    for (int w = 0; w < args.words; ++w) end = append(mask(masks[w], masks[args.words + w]), args.positions + 64 * w, end);
+    *count = static_cast<uint16_t>(end - list);
+    return end;
+  };
+  uint16_t *list = args.lists, *counts = args.counts;
+  if (!args.pairs) {
+    for (int c = 0; c < args.channels; ++c, masks += args.words, list += args.list_pitch) {
+      words(list, counts++, [](uint64_t a, uint64_t) ST_LAMBDA { return a; });
+    }
+    return;
+  }
+  for (int c = 0; c < args.channels; c += 2, masks += 2 * args.words, list += args.list_pitch) {
+    uint16_t* end = words(list, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return a & ~b; });
+    end = words(end, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return a & b; });
+    words(end, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return b & ~a; });
+  }
+}
+
+template <class Isa>
 void weights_copy(const WeightsCopyArgs& args) {
   constexpr int kLanes = Isa::kLanes;
   float* to = args.to;
@@ -393,6 +414,7 @@ constexpr WeightsKernels weights_kernels() {
   WeightsKernels table{};
   table.count_nonzero = weights_count_nonzero<Isa>;
   table.pack = Pack<Isa>::run;
+  table.list = weights_list<Isa>;
   table.copy = weights_copy<Isa>;
   table.transpose = weights_transpose<Isa>;
   offer_walk<Isa, 1, 1, 0>(table);
