@@ -77,6 +77,11 @@ constexpr bool walk_offered(int rows, int columns, int vectors, int registers) {
   return columns != 6 && columns >= rows - 1;
 }
 
+// Whether a walk reads lists of positions or walks the bits of masks, whose ends are mispredicted word by word but
+// which need no making: lists where an entry leads to many multiply-adds and a block has many words (few vectors, so
+// that many positions fit L1).
+constexpr bool walk_lists(int taps, int vectors) { return taps > 1 && vectors <= 2; }
+
 // Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
 struct WeightsPackArgs {
   const float* const* pixels;  // channel 0 of each position; positions without a pixel point to zeros
@@ -131,6 +136,8 @@ struct WeightsListArgs {
 struct WeightsWalkArgs {
   const float* values;
   ptrdiff_t value_pitch;
+  const uint64_t* masks;  // [channel][words]; walks without lists read these
+  int words;
   const uint16_t* lists;  // as WeightsListArgs left them
   ptrdiff_t list_pitch;
   const uint16_t* counts;

@@ -7,12 +7,14 @@
 //   copy   the block of the dense operand with its halo, for one block of features, into scratch that stays in L1:
 //          [position][features]. Rows follow each other at the pitch of the masks, so bit i of a mask meets tap (r, s)
 //          at position i + r * tap_row + s, whatever the shape of the block
-//   walk   per channel: the sums of all taps x features sit in registers; for every bit set, one broadcast of the value
-//          and one fused multiply-add with a memory operand per sum. The mask is walked with count-trailing-zeros and
-//          clear-lowest-bit, an integer chain that runs ahead of the arithmetic, so mispredicted ends are mostly hidden
+//   list   the positions of a channel's non-zeros, from its mask: a loop over a list ends once, one over a mask ends,
+//          mispredicted, in every word. Walks of few multiply-adds a visit do without
+//   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, one broadcast of the
+//   value
+//          and one fused multiply-add with a memory operand per sum
 //
 // Loads bound the walk: one per multiply-add, plus one for the broadcast. *Pairs* break the bound: channels c and c+1
-// are walked together, positions non-zero in both first, where each load serves two multiply-adds.
+// are walked together, and where both are non-zero each load serves two multiply-adds.
 //
 // Where skipping does not pay, a *tile* of channels x features sits in registers instead and runs over all pixels, tap
 // by tap. It reads the same scratch and leaves the same sums.
@@ -118,19 +120,44 @@ struct Walk {
     });
   }
 
-  static ST_INLINE void visit(const uint16_t* list, int count, const float* values, const float* dense, ptrdiff_t row,
-                              Vec (&acc)[kCount]) {
-    for (const uint16_t* end = list + count; list != end; ++list) {
-      const size_t i = *list;
-      const Vec x = Isa::broadcast(values + i);
-      each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
-    }
+  static constexpr bool kLists = walk_lists(kTaps, kVectors);
+
+  template <class F>
+  static ST_INLINE void for_bits(uint64_t mask, F&& f) {
+    for (; mask != 0; mask &= mask - 1) f(static_cast<size_t>(__builtin_ctzll(mask)));
+  }
+  template <class F>
+  static ST_INLINE void for_entries(const uint16_t* list, int count, F&& f) {
+    for (const uint16_t* end = list + count; list != end; ++list) f(static_cast<size_t>(*list));
+  }
+
+  static ST_INLINE void visit(size_t i, const float* values, const float* dense, ptrdiff_t row, Vec (&acc)[kCount]) {
+    const Vec x = Isa::broadcast(values + i);
+    each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
+  }
+  static ST_INLINE void visit_both(size_t i, const float* values_a, const float* values_b, const float* dense,
+                                   ptrdiff_t row, Vec (&acc_a)[kCount], Vec (&acc_b)[kCount]) {
+    const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
+    each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
+      acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
+      acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
+    });
   }
 
   static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c, const uint16_t* list, int count) {
     Vec acc[kCount];
     load(args.panel, c, acc);
-    visit(list, count, args.values + c * args.value_pitch, args.dense, args.tap_row * kWidth, acc);
+    const float* values = args.values + c * args.value_pitch;
+    const float* dense = args.dense;
+    const ptrdiff_t row = args.tap_row * kWidth;
+    if constexpr (kLists) {
+      for_entries(list, count, [&](size_t i) ST_LAMBDA { visit(i, values, dense, row, acc); });
+    } else {
+      const uint64_t* masks = args.masks + c * args.words;
+      for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
+        for_bits(masks[w], [&](size_t i) ST_LAMBDA { visit(i, values, dense, row, acc); });
+      }
+    }
     save(args.panel, c, acc);
   }
 
@@ -143,17 +170,25 @@ struct Walk {
     const float* values_b = values_a + args.value_pitch;
     const float* dense = args.dense;
     const ptrdiff_t row = args.tap_row * kWidth;
-    visit(list, counts[0], values_a, dense, row, acc_a);
-    list += counts[0];
-    for (const uint16_t* end = list + counts[1]; list != end; ++list) {
-      const size_t i = *list;
-      const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
-      each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
-        acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
-        acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
-      });
+    const auto only_a = [&](size_t i) ST_LAMBDA { visit(i, values_a, dense, row, acc_a); };
+    const auto both = [&](size_t i) ST_LAMBDA { visit_both(i, values_a, values_b, dense, row, acc_a, acc_b); };
+    const auto only_b = [&](size_t i) ST_LAMBDA { visit(i, values_b, dense, row, acc_b); };
+    if constexpr (kLists) {
+      for_entries(list, counts[0], only_a);
+      for_entries(list + counts[0], counts[1], both);
+      for_entries(list + counts[0] + counts[1], counts[2], only_b);
+    } else {
+      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + args.words;
+      for (int w = 0; w < args.words; ++w) {
+        const uint64_t a = masks_a[w], b = masks_b[w];
+        for_bits(a & ~b, only_a);
+        for_bits(a & b, both);
+        for_bits(b & ~a, only_b);
+        values_a += 64;
+        values_b += 64;
+        dense += 64 * kWidth;
+      }
     }
-    visit(list, counts[2], values_b, dense, row, acc_b);
     save(args.panel, c, acc_a);
     save(args.panel, c + 1, acc_b);
   }
@@ -332,7 +367,8 @@ void weights_list(const WeightsListArgs& args) {
   const uint64_t* masks = args.masks;
   const auto words = [&](uint16_t* list, uint16_t* count, auto&& mask) ST_LAMBDA {
     uint16_t* end = list;
-    for (int w = 0; w < args.words; ++w) end = append(mask(masks[w], masks[args.words + w]), args.positions + 64 * w, end);
+    for (int w = 0; w < args.words; ++w)
+      end = append(mask(masks[w], masks[args.words + w]), args.positions + 64 * w, end);
     *count = static_cast<uint16_t>(end - list);
     return end;
   };

@@ -130,7 +130,7 @@ struct ItemScratch {
   uint16_t* lists;  // of the non-zeros in them
   uint16_t* counts;
   const uint16_t* positions;  // 0, 1, 2, ...
-  float* copy;  // a step's block of the dense operand
+  float* copy;                // a step's block of the dense operand
   float* panel;
 };
 
@@ -227,8 +227,8 @@ class WeightsRun {
                   2 * Scratch::size<float>(checked_windows_) + 2 * Scratch::size<float>(dense_windows_) +
                   Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
                   Scratch::size<uint16_t>(lines * list_pitch()) + Scratch::size<uint16_t>(2 * lines) +
-                  Scratch::size<uint16_t>(positions_) +
-                  Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
+                  Scratch::size<uint16_t>(positions_) + Scratch::size<float>(copy_floats_) +
+                  Scratch::size<float>(panel_floats_));
     ItemScratch s;
     for (PixelTable& table : s.checked) {
       table = {scratch.take<const float*>(positions_), 0, scratch.take<float>(checked_windows_)};
@@ -254,15 +254,19 @@ class WeightsRun {
     const int64_t blocks = cls.block_count();
     const int64_t begin = blocks * item.chunk / plan_.chunks, end = blocks * (item.chunk + 1) / plan_.chunks;
     int64_t steps = 0, unused = 0;
+    bool lists = false;
     for (const TapGroup& group : cls.groups) {
-      for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
+      for_steps(plan_, group, item, unused, [&](int64_t, int, int vectors, int64_t) {
+        ++steps;
+        lists = lists || walk_lists(group.rows.taps * group.columns.taps, vectors);
+      });
     }
     point_at_checked(cls, begin, item, scratch, scratch.checked[0]);
     point_at_dense(cls, cls.groups[0], begin, scratch, scratch.dense[0]);
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(plan_, cls, index);
       const bool last = index + 1 == end;
-      const bool any = !plan_.sparse || pack(item, scratch) != 0;
+      const bool any = !plan_.sparse || pack(item, lists, scratch) != 0;
       scratch.checked[1].count = 0;
       if (!last) point_at_checked(cls, index + 1, item, scratch, scratch.checked[1]);
       if (!any && index != begin && !(direct() && last)) {  // nothing to add, nothing to start or to store
@@ -297,8 +301,11 @@ class WeightsRun {
           ++step;
           const int choice = log2_of(vectors), channels = static_cast<int>(item.channels);
           if (plan_.sparse) {
+            const int words = static_cast<int>(ceil_div(scratch.checked[0].count, 64));
             table_.walk[group.rows.taps][group.columns.taps][choice]({scratch.values,
                                                                       line_,
+                                                                      scratch.masks,
+                                                                      words,
                                                                       scratch.lists,
                                                                       list_pitch(),
                                                                       scratch.counts,
@@ -384,14 +391,16 @@ class WeightsRun {
     }
   }
 
-  // Returns the number of non-zeros.
-  int64_t pack(const Item& item, const ItemScratch& scratch) const {
+  // Packs a block for walks that read lists or masks. Returns the number of non-zeros.
+  int64_t pack(const Item& item, bool lists, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
     const int64_t nonzeros = table_.pack({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});
-    if (channels % 2 != 0) std::fill_n(scratch.masks + channels * words, words, 0);  // completes the last pair
-    table_.list({scratch.masks, words, channels, plan_.pairs, scratch.positions, scratch.lists, list_pitch(),
-                 scratch.counts});
+    if (lists) {
+      if (channels % 2 != 0) std::fill_n(scratch.masks + channels * words, words, 0);  // completes the last pair
+      table_.list({scratch.masks, words, channels, plan_.pairs, scratch.positions, scratch.lists, list_pitch(),
+                   scratch.counts});
+    }
     return nonzeros;
   }
 
