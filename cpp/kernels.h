@@ -101,6 +101,11 @@ constexpr bool walk_offered(int rows, int columns, int vectors, int registers) {
   return columns != 6 && columns >= rows - 1;
 }
 
+// Whether a walk reads lists of positions or walks the bits of masks, whose ends are mispredicted word by word but
+// which need no making: lists where an entry leads to many multiply-adds and a block has many words (few vectors, so
+// that many positions fit L1).
+constexpr bool walk_lists(int taps, int vectors) { return taps > 1 && vectors <= 2; }
+
 // Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
 struct WeightsPackArgs {
   const void* const* pixels;  // channel 0 of each position; positions without a pixel point to zeros
@@ -138,12 +143,28 @@ struct WeightsPanel {
   int out_features;                            // of vectors * lanes, how many exist in out
 };
 
+// Lists the positions of every channel's non-zeros; of channels in pairs, those of the first alone, of both, and of the
+// second alone, one list after the other.
+struct WeightsListArgs {
+  const uint64_t* masks;  // [channel][words]
+  int words;              // 64 positions each
+  int channels;
+  bool pairs;
+  const uint16_t* positions;  // 0, 1, 2, ...: of all words
+  uint16_t* lists;            // [channel or pair][list_pitch]
+  ptrdiff_t list_pitch;       // >= 64 * words + 16
+  uint16_t* counts;           // [channel], or [pair][3]
+};
+
 // For every non-zero of every channel: sums[channel][tap] += value * dense[position + tap].
 struct WeightsWalkArgs {
   const float* values;
   ptrdiff_t value_pitch;
-  const uint64_t* masks;
-  int words;  // of masks, per channel
+  const uint64_t* masks;  // [channel][words]; walks without lists read these
+  int words;
+  const uint16_t* lists;  // as WeightsListArgs left them
+  ptrdiff_t list_pitch;
+  const uint16_t* counts;
   int channels;
   bool pairs;          // two channels share the loads of the dense operand where both are non-zero
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
@@ -187,6 +208,7 @@ struct WeightsTransposeArgs {
 struct WeightsKernels {
   int64_t (*count_nonzero[kDTypes])(const void* values, int64_t count);
   int64_t (*pack[kDTypes])(const WeightsPackArgs&);  // returns the number of non-zeros
+  void (*list)(const WeightsListArgs&);
   void (*copy[kDTypes])(const WeightsCopyArgs&);
   void (*walk[kMaxTapRows + 1][kMaxTapColumns + 1][kVectorChoices])(const WeightsWalkArgs&);  // null: not offered
   void (*group[kDTypes][kVectorChoices])(const WeightsGroupArgs&);                            // null beyond 4 vectors

@@ -7,12 +7,14 @@
 //   copy   the block of the dense operand with its halo, for one block of features, into scratch that stays in L1:
 //          [position][features]. Rows follow each other at the pitch of the masks, so bit i of a mask meets tap (r, s)
 //          at position i + r * tap_row + s, whatever the shape of the block
-//   walk   per channel: the sums of all taps x features sit in registers; for every bit set, one broadcast of the value
-//          and one fused multiply-add with a memory operand per sum. The mask is walked with count-trailing-zeros and
-//          clear-lowest-bit, an integer chain that runs ahead of the arithmetic, so mispredicted ends are mostly hidden
+//   list   the positions of a channel's non-zeros, from its mask: a loop over a list ends once, one over a mask ends,
+//          mispredicted, in every word. Walks of few multiply-adds a visit do without
+//   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, one broadcast of the
+//   value
+//          and one fused multiply-add with a memory operand per sum
 //
 // Loads bound the walk: one per multiply-add, plus one for the broadcast. *Pairs* break the bound: channels c and c+1
-// are walked together, positions non-zero in both first, where each load serves two multiply-adds.
+// are walked together, and where both are non-zero each load serves two multiply-adds.
 //
 // Where skipping does not pay, a *tile* of channels x features sits in registers instead and runs over all pixels, tap
 // by tap. It reads the same scratch and leaves the same sums.
@@ -118,77 +120,99 @@ struct Walk {
     });
   }
 
-  static ST_INLINE void visit(uint64_t mask, const float* values, const float* dense, ptrdiff_t row,
-                              Vec (&acc)[kCount]) {
-    while (mask != 0) {
-      const size_t i = __builtin_ctzll(mask);
-      mask &= mask - 1;
-      const Vec x = Isa::broadcast(values + i);
-      each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
-    }
+  static constexpr bool kLists = walk_lists(kTaps, kVectors);
+
+  template <class F>
+  static ST_INLINE void for_bits(uint64_t mask, F&& f) {
+    for (; mask != 0; mask &= mask - 1) f(static_cast<size_t>(__builtin_ctzll(mask)));
+  }
+  template <class F>
+  static ST_INLINE void for_entries(const uint16_t* list, int count, F&& f) {
+    for (const uint16_t* end = list + count; list != end; ++list) f(static_cast<size_t>(*list));
   }
 
-  static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c) {
+  static ST_INLINE void visit(size_t i, const float* values, const float* dense, ptrdiff_t row, Vec (&acc)[kCount]) {
+    const Vec x = Isa::broadcast(values + i);
+    each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
+  }
+  static ST_INLINE void visit_both(size_t i, const float* values_a, const float* values_b, const float* dense,
+                                   ptrdiff_t row, Vec (&acc_a)[kCount], Vec (&acc_b)[kCount]) {
+    const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
+    each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
+      acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
+      acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
+    });
+  }
+
+  static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c, const uint16_t* list, int count) {
     Vec acc[kCount];
     load(args.panel, c, acc);
     const float* values = args.values + c * args.value_pitch;
-    const uint64_t* masks = args.masks + c * args.words;
     const float* dense = args.dense;
     const ptrdiff_t row = args.tap_row * kWidth;
-    for (int w = 0; w < args.words; ++w) {
-      visit(masks[w], values, dense, row, acc);
-      values += 64;
-      dense += 64 * kWidth;
+    if constexpr (kLists) {
+      for_entries(list, count, [&](size_t i) ST_LAMBDA { visit(i, values, dense, row, acc); });
+    } else {
+      const uint64_t* masks = args.masks + c * args.words;
+      for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
+        for_bits(masks[w], [&](size_t i) ST_LAMBDA { visit(i, values, dense, row, acc); });
+      }
     }
     save(args.panel, c, acc);
   }
 
-  static ST_INLINE void channel_pair(const WeightsWalkArgs& args, int64_t c) {
+  static ST_INLINE void channel_pair(const WeightsWalkArgs& args, int64_t c, const uint16_t* list,
+                                     const uint16_t* counts) {
     Vec acc_a[kCount], acc_b[kCount];
     load(args.panel, c, acc_a);
     load(args.panel, c + 1, acc_b);
     const float* values_a = args.values + c * args.value_pitch;
     const float* values_b = values_a + args.value_pitch;
-    const uint64_t* masks_a = args.masks + c * args.words;
-    const uint64_t* masks_b = masks_a + args.words;
     const float* dense = args.dense;
     const ptrdiff_t row = args.tap_row * kWidth;
-    for (int w = 0; w < args.words; ++w) {
-      const uint64_t a = masks_a[w], b = masks_b[w];
-      visit(a & ~b, values_a, dense, row, acc_a);
-      for (uint64_t both = a & b; both != 0; both &= both - 1) {
-        const size_t i = __builtin_ctzll(both);
-        const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
-        each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
-          acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
-          acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
-        });
+    const auto only_a = [&](size_t i) ST_LAMBDA { visit(i, values_a, dense, row, acc_a); };
+    const auto both = [&](size_t i) ST_LAMBDA { visit_both(i, values_a, values_b, dense, row, acc_a, acc_b); };
+    const auto only_b = [&](size_t i) ST_LAMBDA { visit(i, values_b, dense, row, acc_b); };
+    if constexpr (kLists) {
+      for_entries(list, counts[0], only_a);
+      for_entries(list + counts[0], counts[1], both);
+      for_entries(list + counts[0] + counts[1], counts[2], only_b);
+    } else {
+      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + args.words;
+      for (int w = 0; w < args.words; ++w) {
+        const uint64_t a = masks_a[w], b = masks_b[w];
+        for_bits(a & ~b, only_a);
+        for_bits(a & b, both);
+        for_bits(b & ~a, only_b);
+        values_a += 64;
+        values_b += 64;
+        dense += 64 * kWidth;
       }
-      visit(b & ~a, values_b, dense, row, acc_b);
-      values_a += 64;
-      values_b += 64;
-      dense += 64 * kWidth;
     }
     save(args.panel, c, acc_a);
     save(args.panel, c + 1, acc_b);
   }
 
   static void run(const WeightsWalkArgs& args) {
-    const bool pairs = kPairs && args.pairs;
-    const int64_t turns = pairs ? (args.channels + 1) / 2 : args.channels;
+    const int step = args.pairs ? 2 : 1;
+    const int64_t turns = (args.channels + step - 1) / step;
     Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
-    int c = 0;
-    if constexpr (kPairs) {
-      for (; pairs && c + 2 <= args.channels; c += 2) {
-        next_dense.turn();
-        next_checked.turn();
-        channel_pair(args, c);
-      }
-    }
-    for (; c < args.channels; ++c) {
+    const uint16_t* list = args.lists;
+    const uint16_t* counts = args.counts;
+    for (int c = 0; c < args.channels; c += step, list += args.list_pitch) {
       next_dense.turn();
       next_checked.turn();
-      channel(args, c);
+      if (!args.pairs) {
+        channel(args, c, list, *counts++);
+        continue;
+      }
+      if (kPairs && c + 1 < args.channels) {
+        if constexpr (kPairs) channel_pair(args, c, list, counts);
+      } else {  // the positions of either channel lie side by side
+        channel(args, c, list, counts[0] + counts[1]);
+        if (c + 1 < args.channels) channel(args, c + 1, list + counts[0], counts[1] + counts[2]);
+      }
+      counts += 3;
     }
   }
 };
@@ -332,6 +356,39 @@ struct Pack {
   }
 };
 
+template <class Isa>
+void weights_list(const WeightsListArgs& args) {
+  constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
+  const auto append = [&](uint64_t mask, const uint16_t* positions, uint16_t* list) ST_LAMBDA {
+    for (int i = 0; i < 64; i += Isa::kLanes) {
+      const uint32_t lanes = static_cast<uint32_t>(mask >> i) & kLaneBits;
+      Isa::compress_u16(list, lanes, positions + i);
+      list += __builtin_popcount(lanes);
+    }
+    return list;
+  };
+  const uint64_t* masks = args.masks;
+  const auto words = [&](uint16_t* list, uint16_t* count, auto&& mask) ST_LAMBDA {
+    uint16_t* end = list;
+    for (int w = 0; w < args.words; ++w)
+      end = append(mask(masks[w], masks[args.words + w]), args.positions + 64 * w, end);
+    *count = static_cast<uint16_t>(end - list);
+    return end;
+  };
+  uint16_t *list = args.lists, *counts = args.counts;
+  if (!args.pairs) {
+    for (int c = 0; c < args.channels; ++c, masks += args.words, list += args.list_pitch) {
+      words(list, counts++, [](uint64_t a, uint64_t) ST_LAMBDA { return a; });
+    }
+    return;
+  }
+  for (int c = 0; c < args.channels; c += 2, masks += 2 * args.words, list += args.list_pitch) {
+    uint16_t* end = words(list, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return a & ~b; });
+    end = words(end, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return a & b; });
+    words(end, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return b & ~a; });
+  }
+}
+
 template <class Isa, class T>
 void weights_copy(const WeightsCopyArgs& args) {
   constexpr int kLanes = Isa::kLanes;
@@ -407,6 +464,7 @@ constexpr WeightsKernels weights_kernels() {
   offer_moves<Isa, float>(table);
   offer_moves<Isa, Bf16>(table);
   offer_moves<Isa, F16>(table);
+  table.list = weights_list<Isa>;
   offer_walk<Isa, 1, 1, 0>(table);
   offer_tile<Isa, 0>(table);
   offer_tile<Isa, 1>(table);

@@ -17,7 +17,7 @@ constexpr double kEndCost = 12;    // a mask word's mispredicted end, partly hid
 constexpr double kVisitCost = 1;   // a visit of a walk: the mask and the broadcast
 constexpr double kWalkCost = 1.2;  // a multiply-add of a walk: mask, broadcast and load come with it
 constexpr double kTileCost = 1.12;
-constexpr double kPairDensity = 0.25;    // below: too few positions are non-zero in both channels
+constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
 constexpr double kSerialCost = 150'000;  // below: a helper thread takes longer to start than the call
@@ -180,7 +180,6 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   plan.shape = shape;
   plan.lhs_checked = lhs_checked;
   plan.sparse = sparse;
-  plan.pairs = sparse && density > kPairDensity;
   plan.lanes = machine.lanes;
   plan.channels = lhs_checked ? shape.c : shape.k;
   plan.features = lhs_checked ? shape.k : shape.c;
@@ -201,6 +200,11 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
       plan.classes.push_back(cls);
     }
   }
+  int taps = 1;
+  for (const PixelClass& cls : plan.classes) {
+    for (const TapGroup& group : cls.groups) taps = std::max(taps, group.rows.taps * group.columns.taps);
+  }
+  plan.pairs = sparse && density * taps > kPairDensity;
   return plan;
 }
 

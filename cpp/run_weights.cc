@@ -129,7 +129,10 @@ struct ItemScratch {
   PixelTable checked[2], dense[2];
   float* values;  // packed pixels of the checked operand
   uint64_t* masks;
-  float* copy;  // a step's block of the dense operand
+  uint16_t* lists;  // of the non-zeros in them
+  uint16_t* counts;
+  const uint16_t* positions;  // 0, 1, 2, ...
+  float* copy;                // a step's block of the dense operand
   float* panel;
 };
 
@@ -193,6 +196,8 @@ class WeightsRun {
   int64_t slices() const { return ceil_div(plan_.channel_block, kSliceChannels); }
   int64_t chunk_floats() const { return items() / plan_.chunks * item_floats_; }
 
+  ptrdiff_t list_pitch() const { return positions_ + kLinePad; }
+
   // The last walk of a panel writes drhs itself; sums are narrowed when they are complete.
   bool direct() const { return plan_.lhs_checked && plan_.chunks == 1 && drhs_.dtype == DType::kF32; }
 
@@ -223,7 +228,9 @@ class WeightsRun {
     scratch.begin(2 * Scratch::size<void*>(positions_) + 2 * Scratch::size<void*>(dense_positions_) +
                   2 * Scratch::size<char>(checked_windows_) + 2 * Scratch::size<char>(dense_windows_) +
                   Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
-                  Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
+                  Scratch::size<uint16_t>(lines * list_pitch()) + Scratch::size<uint16_t>(2 * lines) +
+                  Scratch::size<uint16_t>(positions_) + Scratch::size<float>(copy_floats_) +
+                  Scratch::size<float>(panel_floats_));
     ItemScratch s;
     for (PixelTable& table : s.checked) {
       table = {scratch.take<const void*>(positions_), 0, scratch.take<char>(checked_windows_)};
@@ -234,6 +241,11 @@ class WeightsRun {
     s.zeros = scratch.take<float>(zeros);
     s.values = scratch.take<float>(values);
     s.masks = scratch.take<uint64_t>(lines * words);
+    s.lists = scratch.take<uint16_t>(lines * list_pitch());
+    s.counts = scratch.take<uint16_t>(2 * lines);
+    uint16_t* positions = scratch.take<uint16_t>(positions_);
+    for (int64_t i = 0; i < positions_; ++i) positions[i] = static_cast<uint16_t>(i);
+    s.positions = positions;
     s.copy = scratch.take<float>(copy_floats_);
     s.panel = scratch.take<float>(panel_floats_);
     std::memset(s.zeros, 0, zeros * sizeof(float));
@@ -244,15 +256,19 @@ class WeightsRun {
     const int64_t blocks = cls.block_count();
     const int64_t begin = blocks * item.chunk / plan_.chunks, end = blocks * (item.chunk + 1) / plan_.chunks;
     int64_t steps = 0, unused = 0;
+    bool lists = false;
     for (const TapGroup& group : cls.groups) {
-      for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
+      for_steps(plan_, group, item, unused, [&](int64_t, int, int vectors, int64_t) {
+        ++steps;
+        lists = lists || walk_lists(group.rows.taps * group.columns.taps, vectors);
+      });
     }
     point_at_checked(cls, begin, item, scratch, scratch.checked[0]);
     point_at_dense(cls, cls.groups[0], begin, scratch, scratch.dense[0]);
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(plan_, cls, index);
       const bool last = index + 1 == end;
-      const bool any = !plan_.sparse || pack(item, scratch) != 0;
+      const bool any = !plan_.sparse || pack(item, lists, scratch) != 0;
       scratch.checked[1].count = 0;
       if (!last) point_at_checked(cls, index + 1, item, scratch, scratch.checked[1]);
       if (!any && index != begin && !(direct() && last)) {  // nothing to add, nothing to start or to store
@@ -288,11 +304,14 @@ class WeightsRun {
           ++step;
           const int choice = log2_of(vectors), channels = static_cast<int>(item.channels);
           if (plan_.sparse) {
-            const int words = static_cast<int>(round_up(scratch.checked[0].count, 64) / 64);
+            const int words = static_cast<int>(ceil_div(scratch.checked[0].count, 64));
             table_.walk[group.rows.taps][group.columns.taps][choice]({scratch.values,
                                                                       line_,
                                                                       scratch.masks,
                                                                       words,
+                                                                      scratch.lists,
+                                                                      list_pitch(),
+                                                                      scratch.counts,
                                                                       channels,
                                                                       plan_.pairs,
                                                                       scratch.copy,
@@ -375,11 +394,18 @@ class WeightsRun {
     }
   }
 
-  // Returns the number of non-zeros.
-  int64_t pack(const Item& item, const ItemScratch& scratch) const {
+  // Packs a block for walks that read lists or masks. Returns the number of non-zeros.
+  int64_t pack(const Item& item, bool lists, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
-    return table_.pack[dtype_]({table.pixels, static_cast<int>(round_up(table.count, 64)),
-                                static_cast<int>(item.channels), scratch.values, line_, scratch.masks});
+    const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
+    const int64_t nonzeros =
+        table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});
+    if (lists) {
+      if (channels % 2 != 0) std::fill_n(scratch.masks + channels * words, words, 0);  // completes the last pair
+      table_.list({scratch.masks, words, channels, plan_.pairs, scratch.positions, scratch.lists, list_pitch(),
+                   scratch.counts});
+    }
+    return nonzeros;
   }
 
   // Where drhs has tap 0 of a group, for a channel of the checked and a feature of the dense operand.
