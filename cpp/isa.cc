@@ -56,6 +56,27 @@ int64_t cache_bytes(int index, int name, int64_t fallback) {
   return bytes > 0 ? bytes : fallback;
 }
 
+// CPUID does not say. Units for 256 bits come in pairs everywhere; whether 512 bits have two as well shows in the time
+// that as many multiply-adds take.
+int measure_fmas() {
+#if defined(__x86_64__)
+  if (usable_kernels().front() != &kKernelsAvx512) return 2;
+  const auto seconds = [](const Kernels& k) {
+    double best = 1;
+    for (int i = 0; i < 16; ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      k.data.fma_burst(1000);
+      best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return best;
+  };
+  seconds(kKernelsAvx512);  // the clock settles
+  return seconds(kKernelsAvx512) > 1.5 * seconds(kKernelsAvx2) ? 1 : 2;
+#else
+  return 2;
+#endif
+}
+
 constexpr const char* kPaths[] = {
     "conv_fwd/sparse",         "conv_fwd/dense",         "conv_bwd_input/sparse",        "conv_bwd_input/dense",
     "conv_bwd_weights/sparse", "conv_bwd_weights/dense", "conv_bwd_input_masked/sparse", "conv_bwd_input_masked/dense",
@@ -96,6 +117,7 @@ const Machine& machine() {
       512 << 10,
       8 << 20,
 #endif
+      measure_fmas(),
   };
   return machine;
 }

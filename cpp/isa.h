@@ -14,6 +14,7 @@ struct Machine {
   int64_t l1_bytes;  // data cache of a core
   int64_t l2_bytes;
   int64_t l3_bytes;  // shared
+  int fmas;          // vector multiply-adds a cycle of the best ISA, 1 or 2: what else there is to do hides behind one
 };
 
 std::vector<std::string> available_isas();  // best first

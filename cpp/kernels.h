@@ -77,7 +77,8 @@ struct DataKernels {
   void (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
   // The same for all channels of all pixels: neither masks nor pair_mask are looked at.
   void (*dense_sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);
-  void (*stream_fence)();  // after sweeps that streamed, before another thread may read
+  int dense_pixels[kMaxTaps + 1][kMaxVectors + 1];  // that it takes at a time
+  void (*stream_fence)();                           // after sweeps that streamed, before another thread may read
   int64_t (*scan[kDTypes])(const ScanArgs&);
   void (*widen[kDTypes])(const void* src, float* dst, int64_t count);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.

@@ -441,6 +441,7 @@ void offer_sweep(DataKernels& table) {
   if constexpr (fits_registers<Isa, kTaps, kVectors>()) {
     table.sweep[kTaps][kVectors] = &Sweep<Isa, kTaps, kVectors>::run;
     table.dense_sweep[kTaps][kVectors] = &DenseSweep<Isa, kTaps, kVectors>::run;
+    table.dense_pixels[kTaps][kVectors] = dense_pixels<Isa, kTaps, kVectors>();
   }
   if constexpr (kVectors < kMaxVectors) {
     offer_sweep<Isa, kTaps, kVectors + 1>(table);

@@ -36,9 +36,9 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   }
   std::vector<std::pair<std::string, std::string>> pairs;
   if (component == "fwd") {
-    pairs = describe(plan_data(DataOp::kFwd, shape, DType::kF32, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kFwd, shape, DType::kF32, 0.5, machine(), kernels()));
   } else if (component == "bwd_input") {
-    pairs = describe(plan_data(DataOp::kBwdInput, shape, DType::kF32, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kBwdInput, shape, DType::kF32, 0.5, machine(), kernels()));
   } else if (component == "bwd_weights") {
     const Kernels& k = kernels();
     pairs = describe_weights_plan(shape, Mode::kAuto, Densities{}, {machine(), k.lanes, k.registers, 1});
@@ -90,8 +90,10 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &available_isas);
   m.def("set_isa", &set_isa, nb::arg("name"));
   m.def("machine", [] {
-    return std::map<std::string, int64_t>{
-        {"l1_bytes", machine().l1_bytes}, {"l2_bytes", machine().l2_bytes}, {"l3_bytes", machine().l3_bytes}};
+    return std::map<std::string, int64_t>{{"l1_bytes", machine().l1_bytes},
+                                          {"l2_bytes", machine().l2_bytes},
+                                          {"l3_bytes", machine().l3_bytes},
+                                          {"fmas", machine().fmas}};
   });
   m.def("counters", [] {
     const auto pairs = counters();

@@ -90,24 +90,37 @@ int64_t channels_in_block(const Machine& machine, int lanes, int taps, int vecto
   return ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes;  // even blocks
 }
 
-// Feature vectors of a block, by the loads of a sweep. For each non-zero: taps * vectors of the filter and one
-// broadcast. For each pixel and channel block: the sums, in and out. Wide blocks save broadcasts, and cost sums,
-// because the channel block shrinks for them. Unused lanes of the last block count like any others.
-void choose_vectors(const Machine& machine, const Kernels& kernels, int taps, DataPlan* plan) {
-  constexpr double kTypicalDensity = 0.3;
+// What a pixel costs in the sweeps of one feature block of `vectors`, per input channel.
+double pixel_cost(const Machine& machine, const Kernels& kernels, int taps, int vectors, bool dense, int64_t channels) {
+  const int work = taps * vectors;
+  const double block = static_cast<double>(channels_in_block(machine, kernels.lanes, taps, vectors, channels));
+  if (!dense) {
+    // In loads. For each non-zero: the filter and a broadcast. For each channel block: the sums, in and out. Wide
+    // blocks save broadcasts and passes over the input, and cost sums, because the channel block shrinks for them.
+    constexpr double kTypicalDensity = 0.3;
+    return kTypicalDensity * (work + 1) + 2 * vectors / block;
+  }
+  // In multiply-adds, measured: more than a load for three of them is felt, and so are the sums and the pass over the
+  // input.
+  const double loads = 1.0 / kernels.data.dense_pixels[taps][vectors] + 1.0 / work;
+  return work * (1 + 0.58 * std::max(0.0, loads - 0.35)) + 7.7 * vectors / block + 0.3;
+}
+
+// Feature vectors of a block. Unused lanes of the last block count like any others.
+void choose_vectors(const Machine& machine, const Kernels& kernels, int taps, bool dense, DataPlan* plan) {
   const int64_t needed = ceil_div(plan->features, kernels.lanes);
   double best_cost = 0;
+  plan->vectors = 0;
   for (int v = kMaxVectors; v >= 1; --v) {
     if (!offered(kernels, taps, v)) continue;
     const int64_t blocks = ceil_div(needed, v);
     int last = static_cast<int>(needed - (blocks - 1) * v);
     while (!offered(kernels, taps, last)) ++last;
-    const auto loads = [&](int vectors) {
-      const int64_t block = channels_in_block(machine, kernels.lanes, taps, vectors, plan->channels);
-      return kTypicalDensity * (taps * vectors + 1) + 2.0 * vectors / static_cast<double>(block);
-    };
     if (blocks == 1 && last != v) continue;
-    const double cost = static_cast<double>(blocks - 1) * loads(v) + loads(last);
+    const auto cost_of = [&](int vectors) {
+      return pixel_cost(machine, kernels, taps, vectors, dense, plan->channels);
+    };
+    const double cost = static_cast<double>(blocks - 1) * cost_of(v) + cost_of(last);
     if (plan->vectors == 0 || cost < best_cost) {
       best_cost = cost;
       plan->vectors = v;
@@ -139,6 +152,33 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
   plan->tile_rows = ceil_div(all_rows, ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns)));
 }
 
+// The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block. In
+// the time of a multiply-add of a vector; measured. Where there is one multiply-add a cycle, loads and mispredicted
+// ends of lists hide behind it.
+float dense_density(const Machine& machine, const Kernels& kernels, int taps, const DataPlan& plan) {
+  const bool hidden = kernels.lanes == 16 && machine.fmas == 1;
+  const double load = hidden ? 1 : 1.27;   // a multiply-add that loads its filter vector
+  const double pair = hidden ? 1 : 1.18;   // one of two that share the load
+  const double dense = hidden ? 1 : 1.09;  // one of several
+  const double visit = hidden ? 0.5 : 2;   // finding a channel, its broadcast
+  const double ends = hidden ? 15 : 70;    // of the three lists
+  const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
+  const int work = taps * plan.vectors;
+  // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
+  // well.
+  const double scan = plan.pointwise ? (0.75 * n + 24) / static_cast<double>(plan.blocks) : 0;
+  // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
+  const double both = 2 * work * pair + visit / 2, single = work * load + visit,
+               target = 2 * work * dense * n - ends - scan;
+  if (target <= 0) return 0;
+  double low = 0, high = 1;
+  for (int i = 0; i < 20; ++i) {
+    const double d = (low + high) / 2;
+    (n * (d * d * both + 2 * d * (1 - d) * single) < target ? low : high) = d;
+  }
+  return static_cast<float>(low);
+}
+
 }  // namespace
 
 int64_t DataPlan::input_row(int64_t y, int64_t r) const {
@@ -165,7 +205,8 @@ std::pair<int64_t, int64_t> DataPlan::input_rows(int64_t y0, int64_t y1) const {
   return {begin, std::clamp<int64_t>(end, begin, in_rows)};
 }
 
-DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine& machine, const Kernels& kernels) {
+DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, double density, const Machine& machine,
+                   const Kernels& kernels) {
   DataPlan plan{};
   plan.op = op;
   const bool fwd = op == DataOp::kFwd;
@@ -191,16 +232,18 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine
     split_fwd(shape, &plan);
   }
   const int taps = widest_strand(plan);
-  choose_vectors(machine, kernels, taps, &plan);
   plan.pointwise = shape.r * shape.s == 1;
   plan.copy = !plan.pointwise || dtype != DType::kF32;
+  choose_vectors(machine, kernels, taps, false, &plan);
   choose_blocks(machine, kernels, taps, &plan);
+  plan.dense_density = dense_density(machine, kernels, taps, plan);
+  if (density >= plan.dense_density) {
+    choose_vectors(machine, kernels, taps, true, &plan);
+    choose_blocks(machine, kernels, taps, &plan);
+  }
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
   plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
-  // A visit has its own cost beside its multiply-adds, which are few where one tap meets few features, and whose masks
-  // are short where taps are folded.
-  plan.dense_density = plan.fold > 0 ? 0.35f : taps > 1 ? 0.87f : plan.vectors > 4 ? 0.8f : 0.7f;
   plan.pair_density = 0.25f;
   return plan;
 }

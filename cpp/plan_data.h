@@ -84,8 +84,10 @@ struct DataPlan {
   std::pair<int64_t, int64_t> input_rows(int64_t y0, int64_t y1) const;
 };
 
-// `dtype` is that of the operands.
-DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, const Machine& machine, const Kernels& kernels);
+// `dtype` is that of the operands, `density` the share of non-zeros that the checked one is expected to have: dense
+// tiles like other blocks than sparse ones. Each tile still decides by its own density.
+DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, double density, const Machine& machine,
+                   const Kernels& kernels);
 
 // Key and value pairs for explain and tests. The key "lax", when there, holds the reason why XLA's own convolution
 // beats both paths for this shape, whatever the values; mode "auto" then takes that one.

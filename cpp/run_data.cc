@@ -451,7 +451,10 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
 void conv_data(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, ConstTensor rhs, ConstTensor keep,
                Tensor result, Executor& executor) {
   const Kernels& k = kernels();
-  const DataPlan plan = plan_data(op, shape, input.dtype, machine(), k);
+  const int64_t elements =
+      op == DataOp::kFwd ? shape.n * shape.h * shape.w * shape.c : shape.n * shape.oh * shape.ow * shape.k;
+  const double expected = mode == Mode::kDense ? 1 : mode == Mode::kSparse ? 0 : density(input, elements);
+  const DataPlan plan = plan_data(op, shape, input.dtype, expected, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
   const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
