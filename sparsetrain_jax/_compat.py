@@ -1,6 +1,6 @@
 """The one place that depends on JAX's version or on names that JAX keeps private.
 
-Supported: jax and jaxlib from the minimum in ``pyproject.toml`` to the newest that the tests ran with (0.10.2).
+Supported: jax and jaxlib from the minimum in ``pyproject.toml`` to the newest that the tests ran with (0.12.0.1).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "over_explicit_axes",
     "plain_types",
     "resharded",
+    "scan_sizes",
     "standard_primitive",
     "trace",
     "within",
@@ -127,6 +128,14 @@ def auto_match(*operands: Any) -> Sequence[jax.Array]:
         if (function := getattr(core, name, None)) is not None:
             return function(*operands)
     return operands
+
+
+def scan_sizes(eqn: Any) -> tuple[int, int]:
+    """How many of a ``scan``'s operands are constants, and how many are carried."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = (len(list(part)) for part in eqn.params["ft_in"].update(eqn.invars).unpack())
+    return consts, carry
 
 
 def trace(function: Callable[..., Sequence[jax.Array]], avals: Sequence[Any]) -> ClosedJaxpr:

@@ -674,7 +674,7 @@ class _Walk:
 
     def _scan(self, eqn: Any, operands: Sequence[Facts], reverse: bool) -> _Entered:
         """A loop: what is assumed of the carry must be true of its initial value and of what the body makes of it."""
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = _compat.scan_sizes(eqn)
         head, carry, tail = operands[:consts], list(operands[consts : consts + carries]), operands[consts + carries :]
         while True:
             walked = self.enter(eqn.params["jaxpr"], [*head, *carry, *tail], reverse)

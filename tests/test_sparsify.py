@@ -589,7 +589,8 @@ def test_higher_order_primitives_that_it_does_not_know_are_left_alone() -> None:
 
     closed = jax.make_jaxpr(st.sparsify(fun))(X, W)
     (left,) = (eqn for eqn in closed.eqns if eqn.primitive.name == "composite")
-    assert [eqn.primitive.name for eqn in left.params["jaxpr"].eqns] == ["conv_general_dilated"]
+    (body,) = _compat.jaxprs_in_params(left.params)
+    assert [eqn.primitive.name for eqn in body.eqns] == ["conv_general_dilated"]
     reports = st.sparsify(fun, explain=True)(X, W)
     assert reports[0].paths["fwd"].path == "lax" and "composite" in reports[0].proof
     assert not reports[1].relu_input
