@@ -17,7 +17,9 @@ PyTorch is optional (`pip install '.[bench]'`); without it the oneDNN columns st
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -298,7 +300,10 @@ def memory_of(case: Case, who: str, options: Options) -> float | None:
         run = ways[0].run
     else:
         compiled = common.compile_jax(case.layer, case.batch, case.component, who, options.mode, options.dtype)
-        run = common.jax_competitor(compiled, who, [jnp.asarray(array) for array in arrays]).run
+        on_device = [jnp.asarray(array).block_until_ready() for array in arrays]  # not copied during the call
+        run = common.jax_competitor(compiled, who, on_device).run
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again without being seen
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status_kib("VmRSS")
     run()

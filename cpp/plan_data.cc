@@ -139,9 +139,9 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
   // traffic, and there should be enough for the threads of any machine.
   constexpr int64_t kTiles = 16;
   // One tap: every feature block reads all of the tile's input again. It should stay in L2, beside the next tile's that
-  // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic.
+  // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic. Others read a copy, which is bounded.
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
-  const int64_t input_limit = !plan->pointwise ? INT64_MAX : std::max(fits / 4, std::min<int64_t>(fits / 2, 128));
+  const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min<int64_t>(fits / 2, 128));
   const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
                 worth = std::max<int64_t>(16, most / 4);
   const int64_t step = plan->classes.front().step;

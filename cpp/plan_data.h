@@ -19,6 +19,9 @@
 //   feature block  vectors * lanes features; partial sums of a tile and one block stay in L2
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
 //   kernel row, strand, row of the tile: one sweep
+//
+// Scratch: per thread a tile's sums, a fifth of L2, and the copy of its input with masks, twice L2 and the halo of the
+// kernel's rows; per call the packed kernel. (A single row that is larger than these may exceed them.)
 #pragma once
 
 #include <cstdint>
