@@ -135,15 +135,17 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
   plan->channel_block =
       static_cast<int>(channels_in_block(machine, kernels.lanes, taps, plan->vectors, plan->channels));
 
-  // Partial sums of a tile and one feature block: a fifth of L2; tiles from a quarter of that are worth their filter
-  // traffic, and there should be enough for the threads of any machine.
+  // Partial sums of a tile and one feature block: a fifth of L2. There should be enough tiles for the threads of any
+  // machine, but a small tile is not worth its filter traffic: from a quarter of that, or more where a filter block has
+  // one tap and does little with each of its lines.
   constexpr int64_t kTiles = 16;
   // One tap: every feature block reads all of the tile's input again. It should stay in L2, beside the next tile's that
-  // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic. Others read a copy, which is bounded.
+  // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic. Others read a copy, which is
+  // bounded.
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
   const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min<int64_t>(fits / 2, 128));
   const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
-                worth = std::max<int64_t>(16, most / 4);
+                worth = std::max<int64_t>(16, plan->pointwise ? most * 3 / 4 : most / 4);
   const int64_t step = plan->classes.front().step;
   const int64_t all_rows = plan->images * plan->out_rows;
   const int64_t wanted = std::clamp(ceil_div(all_rows * plan->out_columns, kTiles), worth, most);
