@@ -22,8 +22,9 @@ using namespace sparsetrain;
 
 namespace {
 
+// `density` is that of the operand whose zeros are skipped, of lhs where there is a choice.
 std::map<std::string, std::string> plan(const std::string& component, const std::vector<int64_t>& dims,
-                                        const std::vector<int64_t>& geometry) {
+                                        const std::vector<int64_t>& geometry, double density) {
   if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
   if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
   const int64_t sh = geometry[0], sw = geometry[1];
@@ -36,15 +37,15 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   }
   std::vector<std::pair<std::string, std::string>> pairs;
   if (component == "fwd") {
-    pairs = describe(plan_data(DataOp::kFwd, shape, DType::kF32, 0.5, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kFwd, shape, DType::kF32, density, machine(), kernels()));
   } else if (component == "bwd_input") {
-    pairs = describe(plan_data(DataOp::kBwdInput, shape, DType::kF32, 0.5, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kBwdInput, shape, DType::kF32, density, machine(), kernels()));
   } else if (component == "bwd_weights") {
     const Kernels& k = kernels();
-    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{}, {machine(), k.lanes, k.registers, 1});
+    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine(), k.lanes, k.registers, 1});
   } else if (component == "bwd_input_masked") {
     const Kernels& k = kernels();
-    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{0.5, 1}, {machine(), k.lanes, k.registers, 1});
+    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{density, 1}, {machine(), k.lanes, k.registers, 1});
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }
@@ -103,5 +104,5 @@ NB_MODULE(_native, m) {
   m.def("reset_counters", &reset_counters);
   m.def("widen", &widen, nb::arg("dtype"), nb::arg("values"));
   m.def("narrow", &narrow, nb::arg("dtype"), nb::arg("values"));
-  m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"));
+  m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"), nb::arg("density"));
 }

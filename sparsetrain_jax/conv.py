@@ -530,17 +530,21 @@ def explain_call(
 
 def _explain_masked(spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     """The input gradient under ``relu_input``, which has three ways to skip or not to skip."""
-    plan = {**_work(spec, dims, density), **native.plan("bwd_input_masked", dims, spec.geometry)}
+    plan = {**_work(spec, dims, density), **native.plan("bwd_input_masked", dims, spec.geometry, _or_half(density))}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
     if "lax" in plan:
         return Component("lax", f"{plan.pop('lax')}; exactly zero where lhs is zero", plan)
     rule = (
         "each call measures the zeros of lhs and of the gradient of the output and takes the cheapest: only where lhs "
-        "is not zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero (plan shown: half of lhs "
-        "is zero, the gradient dense)"
+        "is not zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero (plan shown: lhs of "
+        f"density {_or_half(density):.2f}, the gradient dense)"
     )
     return Component("dense" if plan.get("path") == "dense" else "sparse", rule, plan)
+
+
+def _or_half(density: float | None) -> float:
+    return 0.5 if density is None else density
 
 
 def _work(spec: ConvSpec, dims: list[int], density: float | None) -> dict[str, Any]:
@@ -553,7 +557,7 @@ def _work(spec: ConvSpec, dims: list[int], density: float | None) -> dict[str, A
 def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     if 0 in (*dims, *spec.output_size):
         return Component("dense", "an empty array: the result is zeros", {})
-    plan = {**_work(spec, dims, density), **native.plan(name, dims, spec.geometry)}
+    plan = {**_work(spec, dims, density), **native.plan(name, dims, spec.geometry, _or_half(density))}
     if spec.mode != "auto":
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
     if "lax" in plan:

@@ -66,15 +66,18 @@ def reset_counters() -> None:
     _native.reset_counters()
 
 
-def plan(component: str, dims: Sequence[int], geometry: Sequence[int]) -> dict[str, int | float | str]:
+def plan(
+    component: str, dims: Sequence[int], geometry: Sequence[int], density: float = 0.5
+) -> dict[str, int | float | str]:
     """What the handler of ``component`` would do: blocking, loop order, the densities at which it changes kernels.
 
     Args:
       component: ``"fwd"``, ``"bwd_input"``, ``"bwd_weights"`` or ``"bwd_input_masked"``.
       dims: sizes [N, H, W, C, K, R, S], all positive.
       geometry: :attr:`~sparsetrain_jax.shapes.ConvSpec.geometry`.
+      density: fraction of non-zeros of the operand whose zeros are skipped; for the weights, and with a mask, of lhs.
     """
-    return {key: _number(value) for key, value in _native.plan(component, list(dims), list(geometry)).items()}
+    return {key: _number(value) for key, value in _native.plan(component, list(dims), list(geometry), density).items()}
 
 
 def _number(text: int | float | str) -> int | float | str:
