@@ -49,13 +49,23 @@ struct Columns {
     }
   }
 
-  // Whether whole columns go out as they are, by plain stores.
+  // Whether columns go out by stores of whole vectors.
   static ST_INLINE bool plain(const SweepArgs& a) {
-    return a.keep == nullptr && !a.stream && a.out_features == kFeatures && a.out_dtype == DType::kF32;
+    return !a.stream && a.out_features == kFeatures && a.out_dtype == DType::kF32;
   }
 
-  static ST_INLINE void store(float* out, const Vec (&sums)[kVectors]) {
-    unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
+  static ST_INLINE void store(const SweepArgs& a, ptrdiff_t offset, const Vec (&sums)[kVectors]) {
+    float* out = a.out + offset;
+    if (a.keep == nullptr) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
+      return;
+    }
+    const float* keep = a.keep + offset;
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      Isa::store(out + v * kLanes, Isa::keep(Isa::nonzero(Isa::load(keep + v * kLanes)), sums[v]));
+      // Feature blocks and strided columns make holes that the hardware does not look across.
+      __builtin_prefetch(keep + 6 * a.out_pitch + v * kLanes);
+    });
   }
 
   template <class T>
@@ -88,7 +98,6 @@ struct Columns {
         if (lanes <= 0) return;
         const Vec x = lanes >= kLanes ? Isa::load(keep + v * kLanes) : Isa::load_n(keep + v * kLanes, lanes);
         sums[v] = Isa::keep(Isa::nonzero(x), sums[v]);
-        // Feature blocks and strided columns make holes that the hardware does not look across.
         __builtin_prefetch(keep + 6 * a.out_pitch + v * kLanes);
       });
     }
@@ -170,7 +179,7 @@ struct Sweep {
     const int inner_end = a.columns - kTaps - a.first < a.pixels - 1 ? a.columns - kTaps - a.first : a.pixels - 1;
     const float* pixel0 = a.values + begin * a.value_pitch;
     const float* tile = a.tile + static_cast<ptrdiff_t>(a.first + begin + kTaps - 1) * kFeatures;
-    float* out = a.out + (a.first + begin) * a.out_pitch;
+    ptrdiff_t out = (a.first + begin) * a.out_pitch;
     for (int x = begin; a.first + x < a.columns; x += 2) {
       const int column = a.first + x;
       const bool inner = x >= inner_begin && x < inner_end;
@@ -208,8 +217,8 @@ struct Sweep {
       visit_single<1>(sums, mask1, pixel1, a.filter);
       pixel0 = pixel1 + a.value_pitch;
       if (__builtin_expect(inner && plain, 1)) {
-        Columns::store(out, sums[0]);
-        Columns::store(out + a.out_pitch, sums[1]);
+        Columns::store(a, out, sums[0]);
+        Columns::store(a, out + a.out_pitch, sums[1]);
       } else {
         Columns::store_specially(a, column, sums[0]);
         Columns::store_specially(a, column + 1, sums[1]);
@@ -286,7 +295,7 @@ struct DenseSweep {
         });
       }
       if (plain && column >= 0 && column + kPixels <= a.columns) {
-        unroll<kPixels>([&](auto p) ST_LAMBDA { Columns::store(a.out + (column + p) * a.out_pitch, sums[p]); });
+        unroll<kPixels>([&](auto p) ST_LAMBDA { Columns::store(a, (column + p) * a.out_pitch, sums[p]); });
       } else {
         unroll<kPixels>([&](auto p) ST_LAMBDA { Columns::store_specially(a, column + p, sums[p]); });
       }
