@@ -136,6 +136,120 @@ void masked_store(const MaskedStoreArgs& args) {
   if (args.stream) Isa::stream_fence();
 }
 
+// ---- points ----
+
+template <class Isa>
+void point_lists(const PointListArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  uint16_t* masks = args.masks;
+  for (int p = 0; p < args.count; ++p) {
+    const float* x = args.pixels[p];
+    uint16_t* list = args.lists + static_cast<ptrdiff_t>(p) * args.capacity;
+    uint16_t* counts = args.counts + p;
+    for (int first = 0; first < args.channels; first += args.block) {
+      const int channels = args.channels - first < args.block ? args.channels - first : args.block;
+      int count = 0;
+      for (int c = 0; c < channels; c += kLanes) {
+        const float* from = x + first + c;
+        const typename Isa::Vec v = channels - c >= kLanes ? Isa::load(from) : Isa::load_n(from, channels - c);
+        const uint32_t mask = Isa::nonzero(v);
+        *masks++ = static_cast<uint16_t>(mask);
+        Isa::compress_u16(list + count, mask, args.offsets + c);
+        count += __builtin_popcount(mask);
+      }
+      std::memset(list + count, 0, 4 * sizeof(uint16_t));
+      *counts = static_cast<uint16_t>(count);
+      list += static_cast<ptrdiff_t>(args.count) * args.capacity;
+      counts += args.count;
+    }
+  }
+}
+
+template <class Isa, int kVectors>
+struct PointProduct {
+  using Vec = typename Isa::Vec;
+  static constexpr int kLanes = Isa::kLanes, kTogether = 4;
+
+  static ST_INLINE void load(const float* from, int features, Vec (&g)[kVectors]) {
+    if (features == kVectors * kLanes) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { g[v] = Isa::load(from + v * kLanes); });
+      return;
+    }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const int left = features - v * kLanes;
+      g[v] = left >= kLanes ? Isa::load(from + v * kLanes)
+             : left > 0     ? Isa::load_n(from + v * kLanes, left)
+                            : Isa::zero();
+    });
+  }
+
+  static void run(const PointProductArgs& args) {
+    const char* filter = reinterpret_cast<const char*>(args.filter);
+    Prefetcher next_g(args.next[0], args.count), next_x(args.next[1], args.count);
+    for (int p = 0; p < args.count; ++p) {
+      next_g.turn();
+      next_x.turn();
+      const uint16_t* list = args.lists + static_cast<ptrdiff_t>(p) * args.capacity;
+      float* values = args.values + static_cast<ptrdiff_t>(p) * args.capacity;
+      Vec g[kVectors];
+      load(args.g[p] + args.feature, args.features, g);
+      for (int count = args.counts[p]; count > 0; count -= kTogether, list += kTogether, values += kTogether) {
+        Vec sums[kTogether];
+        const float* row[kTogether];
+        unroll<kTogether>([&](auto e) ST_LAMBDA {
+          sums[e] = Isa::zero();
+          row[e] = reinterpret_cast<const float*>(filter + 8 * static_cast<size_t>(list[e]));
+          ST_OPAQUE(row[e]);
+        });
+        unroll<kVectors>([&](auto v) ST_LAMBDA {
+          unroll<kTogether>([&](auto e)
+                                ST_LAMBDA { sums[e] = Isa::fma(g[v], Isa::load(row[e] + v * kLanes), sums[e]); });
+        });
+        Isa::add_sums(values, args.first, sums[0], sums[1], sums[2], sums[3]);
+      }
+    }
+  }
+};
+
+template <class Isa>
+void point_store(const PointStoreArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  const uint16_t* masks = args.masks;
+  for (int p = 0; p < args.count; ++p) {
+    const float* values = args.values + static_cast<ptrdiff_t>(p) * args.capacity;
+    for (int first = 0; first < args.channels; first += args.block) {
+      const int channels = args.channels - first < args.block ? args.channels - first : args.block;
+      const float* from = values;
+      float* to = args.pixels[p] + first;
+      for (int c = 0; c < channels; c += kLanes) {
+        typename Isa::Vec v = Isa::zero();
+        if (masks != nullptr) {
+          const uint32_t mask = *masks++;
+          v = Isa::expand(mask, from);
+          from += __builtin_popcount(mask);
+        }
+        if (channels - c < kLanes) {
+          Isa::store_n(to + c, v, channels - c);
+        } else if (args.stream) {
+          Isa::stream(to + c, v);
+        } else {
+          Isa::store(to + c, v);
+        }
+      }
+      values += static_cast<ptrdiff_t>(args.count) * args.capacity;
+    }
+  }
+  if (args.stream) Isa::stream_fence();
+}
+
+template <class Isa, int kVectors>
+constexpr void offer_point_product(MaskedKernels& table) {
+  if constexpr (point_offered(kVectors, Isa::kRegisters)) {
+    table.point_product[kVectors] = PointProduct<Isa, kVectors>::run;
+  }
+  if constexpr (kVectors < kMaxPointVectors) offer_point_product<Isa, kVectors + 1>(table);
+}
+
 template <class Isa, int kRows, int kColumns, int kChoice>
 constexpr void offer_product(MaskedKernels& table) {
   if constexpr (masked_offered(kRows, kColumns, 1 << kChoice, Isa::kRegisters)) {
@@ -156,6 +270,9 @@ constexpr MaskedKernels masked_kernels() {
   table.lists = masked_lists<Isa>;
   table.store = masked_store<Isa>;
   offer_product<Isa, 1, 1, 0>(table);
+  table.point_lists = point_lists<Isa>;
+  offer_point_product<Isa, 1>(table);
+  table.point_store = point_store<Isa>;
   return table;
 }
 

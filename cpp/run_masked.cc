@@ -31,6 +31,7 @@ class MaskedRun {
     for (const MaskedClass& cls : plan.classes) {
       for (const MaskedStep& step : cls.steps) {
         steps_.push_back(&step);
+        if (cls.points) continue;
         const int64_t positions = position(cls, cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
                                            cls.block_columns + step.columns.taps - 1);
         g_positions_ = std::max(g_positions_, positions);
@@ -71,7 +72,12 @@ class MaskedRun {
   void run(int64_t index) const {
     const Item item = item_of(index);
     const int64_t next = index + threads_;  // probably this thread's
-    run_item(item, next < items() ? item_of(next) : Item{item.cls, {}, 0, 0});
+    const Item ahead = next < items() ? item_of(next) : Item{item.cls, {}, 0, 0};
+    if (item.cls->points) {
+      run_points(item, ahead);
+    } else {
+      run_item(item, ahead);
+    }
   }
 
  private:
@@ -155,7 +161,7 @@ class MaskedRun {
     for (int64_t i = 0; i < steps; ++i) {
       const MaskedStep& step = cls.steps[i];
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
-      const int64_t count = point_at_g(cls, step, block, zeros, g_pixels);
+      const int64_t count = point_at_g(step, block, cls.pitch, cls.image_rows, zeros, g_pixels);
       kernels_.weights.copy({g_pixels, count, step.feature, step.features, g, width});
       const WeightsPrefetch next_g = {g_pixels, i + 1 < steps ? count : 0, step.feature + width, ceil_div(width, 16)};
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
@@ -176,6 +182,74 @@ class MaskedRun {
                  stream_, counts});
   }
 
+  // An item of a class that meets at most one tap.
+  void run_points(const Item& item, const Item& ahead) const {
+    const MaskedClass& cls = *item.cls;
+    const Block& block = item.block;
+    const int64_t channels = item.channels, filter_block = std::min(cls.filter_block, round_up(channels, plan_.lanes));
+    const int64_t blocks = ceil_div(channels, filter_block), count = block.images * block.rows * block.columns;
+    const int64_t ahead_count = ahead.block.images * ahead.block.rows * ahead.block.columns;
+    const int64_t capacity = round_up(filter_block, 32) + 16, zeros_size = plan_.shape.k + 64;
+    const int64_t lists_size = blocks * count * capacity, vectors = ceil_div(channels, plan_.lanes);
+    Scratch& scratch = Scratch::local();
+    scratch.begin(Scratch::size<float*>(count) * 2 + Scratch::size<float*>(ahead_count) +
+                  Scratch::size<float*>(count + 1) + Scratch::size<float>(zeros_size) +
+                  Scratch::size<uint16_t>(filter_block + 16) + Scratch::size<uint16_t>(count * vectors) +
+                  Scratch::size<uint16_t>(lists_size) + Scratch::size<uint16_t>(blocks * count) +
+                  Scratch::size<float>(lists_size));
+    const float** x_pixels = scratch.take<const float*>(count);
+    float** pixels = scratch.take<float*>(count);
+    const float** ahead_pixels = scratch.take<const float*>(ahead_count);
+    const float** g_pixels = scratch.take<const float*>(count + 1);
+    float* zeros = scratch.take<float>(zeros_size);
+    uint16_t* offsets = scratch.take<uint16_t>(filter_block + 16);
+    uint16_t* masks = scratch.take<uint16_t>(count * vectors);
+    uint16_t* lists = scratch.take<uint16_t>(lists_size);
+    uint16_t* counts = scratch.take<uint16_t>(blocks * count);
+    float* values = scratch.take<float>(lists_size);
+
+    point_at_x(item, x_pixels);
+    for (int64_t p = 0; p < count; ++p) pixels[p] = dlhs_ + (x_pixels[p] - x_);
+    const int point_count = static_cast<int>(count), channel_count = static_cast<int>(channels);
+    const MaskedKernels& table = kernels_.masked;
+    if (!cls.steps.empty()) {
+      const MaskedStep& first = cls.steps.front();
+      const int64_t width = static_cast<int64_t>(first.vectors) * plan_.lanes;
+      for (int64_t c = 0; c < filter_block; ++c) offsets[c] = static_cast<uint16_t>(c * width / 2);
+      table.point_lists({x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists,
+                         static_cast<int>(capacity), counts, masks});
+      std::fill_n(zeros, zeros_size, 0.0f);
+      point_at_g(first, block, block.columns, block.rows, zeros, g_pixels);
+      point_at_x(ahead, ahead_pixels);
+    }
+    // While a block of channels meets a step, a share of the g of the next step comes into L2, and a share of the next
+    // item's x.
+    const int64_t steps = static_cast<int64_t>(cls.steps.size()), turns = steps * blocks;
+    for (int64_t i = 0; i < turns; ++i) {
+      const MaskedStep& step = cls.steps[i / blocks];
+      const int64_t first = i % blocks * filter_block, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
+      const int64_t lines = ceil_div(width, 16), begin = lines * (i % blocks) / blocks,
+                    end = lines * (i % blocks + 1) / blocks;
+      const WeightsPrefetch next_g = {g_pixels, i / blocks + 1 < steps ? count : 0, step.feature + width + 16 * begin,
+                                      end - begin};
+      const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
+      const WeightsPrefetch next_x = {ahead_pixels + begin_x, end_x - begin_x, 0, ceil_div(ahead.channels, 16)};
+      table.point_product[step.vectors]({lists + i % blocks * count * capacity,
+                                         counts + i % blocks * count,
+                                         static_cast<int>(capacity),
+                                         point_count,
+                                         g_pixels,
+                                         step.feature,
+                                         step.features,
+                                         filter_ + step.filter + (item.channel + first) * width,
+                                         values + i % blocks * count * capacity,
+                                         i < blocks,
+                                         {next_g, next_x}});
+    }
+    table.point_store({steps > 0 ? masks : nullptr, values, static_cast<int>(capacity), pixels, point_count,
+                       channel_count, static_cast<int>(filter_block), stream_});
+  }
+
   // Channel 0 of the item's pixels of x, in the order of their slots; returns how many.
   int64_t point_at_x(const Item& item, const float** pixels) const {
     const Block& block = item.block;
@@ -190,8 +264,9 @@ class MaskedRun {
     return to - pixels;
   }
 
-  // The pixels of g that a step's taps meet in a block, zeros where they meet padding.
-  int64_t point_at_g(const MaskedClass& cls, const MaskedStep& step, const Block& block, const float* zeros,
+  // The pixels of g that a step's taps meet in a block, zeros where they meet padding. `pitch` positions between rows,
+  // `image_rows` rows between images.
+  int64_t point_at_g(const MaskedStep& step, const Block& block, int64_t pitch, int64_t image_rows, const float* zeros,
                      const float** pixels) const {
     const ConvShape& s = plan_.shape;
     const TapAxis &rows = step.rows, &columns = step.columns;
@@ -201,12 +276,15 @@ class MaskedRun {
     const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
     const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
     const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
-    const int64_t count = position(cls, block.images - 1, want_rows - 1, want_columns);
+    const auto position = [&](int64_t n, int64_t row, int64_t column) {
+      return (n * image_rows + row) * pitch + column;
+    };
+    const int64_t count = position(block.images - 1, want_rows - 1, want_columns);
     std::fill_n(pixels, count, zeros);
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = begin_row; row < end_row; ++row) {
         const float* from = g_ + (((block.image + n) * s.oh + first_row + row) * s.ow + first) * s.k;
-        for (int64_t x = begin; x < end; ++x) pixels[position(cls, n, row, x)] = from + x * s.k;
+        for (int64_t x = begin; x < end; ++x) pixels[position(n, row, x)] = from + x * s.k;
       }
     }
     return count;
