@@ -183,15 +183,16 @@ constexpr bool masked_offered(int rows, int columns, int vectors, int registers)
   return rows * columns > 1 && needed <= most && 4 * needed > most;
 }
 
-// Lists the active slots of every channel, by the position that the first tap of each meets.
+// Masks of x, and the active slots of every channel, by the position that the first tap of each meets.
 struct MaskedListArgs {
-  const uint64_t* masks;  // [channel][words]
-  int words;              // 64 slots each
+  const float* const* pixels;  // channel 0 of x, of each slot; null beyond the last slot
+  int words;                   // 64 slots each
   int channels;
   const uint16_t* positions;  // of each slot
-  uint16_t* lists;            // [channel][capacity]; the last entry is repeated up to a multiple of four
-  int capacity;               // >= 64 * words + 16
-  uint16_t* counts;           // [channel], without repetitions
+  uint64_t* masks;            // [channel rounded up to lanes][words]
+  uint16_t* lists;   // [channel rounded up to lanes][capacity]; followed by up to three zeros, for whole groups of four
+  int capacity;      // >= 64 * words + 16
+  uint16_t* counts;  // [channel rounded up to lanes]
 };
 
 // values[channel][entry] += the sum over taps and features of filter * g, for every entry of the lists.

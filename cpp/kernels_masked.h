@@ -28,20 +28,41 @@ namespace {
 
 template <class Isa>
 void masked_lists(const MaskedListArgs& args) {
-  constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
-  const uint64_t* masks = args.masks;
-  for (int c = 0; c < args.channels; ++c, masks += args.words) {
-    uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
-    int count = 0;
-    for (int w = 0; w < args.words; ++w) {
-      for (int i = 0; i < 64; i += Isa::kLanes) {
-        const uint32_t mask = static_cast<uint32_t>(masks[w] >> i) & kLaneBits;
-        Isa::compress_u16(list + count, mask, args.positions + 64 * w + i);
-        count += __builtin_popcount(mask);
+  constexpr int kLanes = Isa::kLanes;
+  constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
+  for (int c = 0; c < args.channels + kLanes - 1; ++c) args.counts[c] = 0;
+  // All channels of 64 pixels in turn: a pixel's lines follow each other.
+  for (int w = 0; w < args.words; ++w) {
+    const float* const* pixels = args.pixels + 64 * w;
+    int slots = 64;
+    while (pixels[slots - 1] == nullptr) --slots;
+    for (int first = 0; first < args.channels; first += kLanes) {
+      const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
+      uint16_t of_slot[64] = {};
+      if (channels == kLanes) {
+        for (int i = 0; i < slots; ++i) of_slot[i] = static_cast<uint16_t>(Isa::nonzero(Isa::load(pixels[i] + first)));
+      } else {
+        for (int i = 0; i < slots; ++i) {
+          of_slot[i] = static_cast<uint16_t>(Isa::nonzero(Isa::load_n(pixels[i] + first, channels)));
+        }
+      }
+      uint64_t of_channel[kLanes];
+      Isa::transpose_bits(of_slot, of_channel);
+      typename Isa::U16 positions[64 / kLanes];
+      for (int i = 0; i < 64 / kLanes; ++i) positions[i] = Isa::load_u16(args.positions + 64 * w + i * kLanes);
+      for (int c = 0; c < kLanes; ++c) {
+        args.masks[static_cast<ptrdiff_t>(first + c) * args.words + w] = of_channel[c];
+        uint16_t* list = args.lists + static_cast<ptrdiff_t>(first + c) * args.capacity;
+        int count = args.counts[first + c];
+        for (int i = 0; i < 64 / kLanes; ++i) {
+          const uint32_t mask = static_cast<uint32_t>(of_channel[c] >> i * kLanes) & kLaneBits;
+          Isa::compress_u16(list + count, mask, positions[i]);
+          count += __builtin_popcount(mask);
+        }
+        std::memset(list + count, 0, 4 * sizeof(uint16_t));
+        args.counts[first + c] = static_cast<uint16_t>(count);
       }
     }
-    args.counts[c] = static_cast<uint16_t>(count);
-    for (; count % 4 != 0; ++count) list[count] = list[count - 1];
   }
 }
 
@@ -154,7 +175,7 @@ void point_lists(const PointListArgs& args) {
         const typename Isa::Vec v = channels - c >= kLanes ? Isa::load(from) : Isa::load_n(from, channels - c);
         const uint32_t mask = Isa::nonzero(v);
         *masks++ = static_cast<uint16_t>(mask);
-        Isa::compress_u16(list + count, mask, args.offsets + c);
+        Isa::compress_u16(list + count, mask, Isa::load_u16(args.offsets + c));
         count += __builtin_popcount(mask);
       }
       std::memset(list + count, 0, 4 * sizeof(uint16_t));

@@ -173,7 +173,7 @@ int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, const Weigh
   int widest = 1;
   for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
   const int64_t bytes = 4 * widest * plan.lanes;
-  if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * 7 / 10 / bytes, 16, 1024);
+  if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * 9 / 10 / bytes, 16, 1024);
   const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
   const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
   return std::clamp<int64_t>(machine.caches.l2_bytes / 4 / point_bytes, 32, 256);

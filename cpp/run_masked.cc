@@ -31,11 +31,10 @@ class MaskedRun {
     for (const MaskedClass& cls : plan.classes) {
       for (const MaskedStep& step : cls.steps) {
         steps_.push_back(&step);
-        if (cls.points) continue;
         const int64_t positions = position(cls, cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
                                            cls.block_columns + step.columns.taps - 1);
         g_positions_ = std::max(g_positions_, positions);
-        g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
+        if (!cls.points) g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
       }
       slots_ = std::max(slots_, round_up(cls.block_images * cls.block_rows * cls.block_columns, 64));
     }
@@ -76,7 +75,7 @@ class MaskedRun {
     if (item.cls->points) {
       run_points(item, ahead);
     } else {
-      run_item(item, ahead);
+      run_product(item, ahead);
     }
   }
 
@@ -118,21 +117,22 @@ class MaskedRun {
     return ((n * s.h + y) * s.w + x) * s.c;
   }
 
-  void run_item(const Item& item, const Item& ahead) const {
+  void run_product(const Item& item, const Item& ahead) const {
     const MaskedClass& cls = *item.cls;
     const Block& block = item.block;
-    const int64_t channels = item.channels;
-    const int64_t zeros_size = std::max(channels, plan_.shape.k) + 64, words = slots_ / 64;
-    const int64_t lines = round_up(channels, 16);
+    const int64_t channels = item.channels, lines = round_up(channels, 16);
+    const int64_t zeros_size = plan_.shape.k + 64, words = slots_ / 64;
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<float*>(slots_) * 2 + Scratch::size<float*>(g_positions_) +
+    scratch.begin(Scratch::size<float*>(slots_) * 3 + Scratch::size<float*>(g_positions_) * 2 +
                   Scratch::size<uint16_t>(slots_) + Scratch::size<float>(zeros_size) +
                   Scratch::size<uint64_t>(lines * words) + Scratch::size<uint16_t>(lines * capacity_) +
                   Scratch::size<uint16_t>(lines + 16) + Scratch::size<float>(lines * capacity_) +
-                  Scratch::size<float>(g_floats_) + Scratch::size<float>(capacity_));
+                  Scratch::size<float>(g_floats_));
     const float** x_pixels = scratch.take<const float*>(slots_);
     float** pixels = scratch.take<float*>(slots_);
+    const float** ahead_x = scratch.take<const float*>(slots_);
     const float** g_pixels = scratch.take<const float*>(g_positions_);
+    const float** ahead_g = scratch.take<const float*>(g_positions_);
     uint16_t* positions = scratch.take<uint16_t>(slots_);
     float* zeros = scratch.take<float>(zeros_size);
     uint64_t* masks = scratch.take<uint64_t>(lines * words);
@@ -140,32 +140,41 @@ class MaskedRun {
     uint16_t* counts = scratch.take<uint16_t>(lines + 16);
     float* values = scratch.take<float>(lines * capacity_);
     float* g = scratch.take<float>(g_floats_);
-    float* unused = scratch.take<float>(capacity_);  // pack's values: only its masks are wanted
 
     const int capacity = static_cast<int>(capacity_), channel_count = static_cast<int>(channels);
     std::fill_n(zeros, zeros_size, 0.0f);
     const int64_t slots = point_at_x(item, x_pixels);
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      pixels[slot] = dlhs_ + (x_pixels[slot] - x_);
-      const int64_t row = slot / block.columns;
-      positions[slot] = static_cast<uint16_t>(position(cls, row / block.rows, row % block.rows, slot % block.columns));
+    for (int64_t slot = 0; slot < slots; ++slot) pixels[slot] = dlhs_ + (x_pixels[slot] - x_);
+    for (int64_t n = 0, slot = 0; n < block.images; ++n) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t first = position(cls, n, row, 0);
+        for (int64_t i = 0; i < block.columns; ++i) positions[slot++] = static_cast<uint16_t>(first + i);
+      }
     }
-    // Nothing is active in the rest of the slots, nor where no tap meets the class.
-    std::fill(x_pixels + (cls.steps.empty() ? 0 : slots), x_pixels + slots_, zeros);
-    std::fill(positions + slots, positions + slots_, uint16_t{0});
-    kernels_.weights.pack({x_pixels, static_cast<int>(slots_), channel_count, unused, 0, masks});
+    std::fill(x_pixels + slots, x_pixels + round_up(slots, 64), nullptr);
+    std::fill(positions + slots, positions + round_up(slots, 64), uint16_t{0});
     const MaskedKernels& table = kernels_.masked;
-    table.lists({masks, static_cast<int>(words), channel_count, positions, lists, capacity, counts});
-    // While a step computes, the g of the next one comes into L2, and a share of the next item's x.
-    const int64_t ahead_slots = point_at_x(ahead, x_pixels), steps = cls.steps.size();
+    const int used_words = static_cast<int>(ceil_div(slots, 64));
+    table.lists({x_pixels, used_words, channel_count, positions, masks, lists, capacity, counts});
+    const int64_t ahead_slots = point_at_x(ahead, ahead_x), steps = static_cast<int64_t>(cls.steps.size());
+    int64_t g_count = 0;
     for (int64_t i = 0; i < steps; ++i) {
       const MaskedStep& step = cls.steps[i];
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
-      const int64_t count = point_at_g(step, block, cls.pitch, cls.image_rows, zeros, g_pixels);
-      kernels_.weights.copy({g_pixels, count, step.feature, step.features, g, width});
-      const WeightsPrefetch next_g = {g_pixels, i + 1 < steps ? count : 0, step.feature + width, ceil_div(width, 16)};
+      // Steps differ in features first, then in taps.
+      if (step.feature == 0) g_count = point_at_g(step, block, cls.pitch, cls.image_rows, zeros, g_pixels);
+      kernels_.weights.copy({g_pixels, g_count, step.feature, step.features, g, width});
+      // While a step computes, the g of the next one comes into L2, or of the next item, and a share of the latter's x.
+      WeightsPrefetch next_g = {g_pixels, g_count, step.feature + width, ceil_div(width, 16)};
+      if (i + 1 == steps) {
+        next_g = {ahead_g, 0, 0, next_g.lines};
+        if (ahead_slots > 0 && !ahead.cls->steps.empty()) {
+          const MaskedClass& next = *ahead.cls;
+          next_g.count = point_at_g(next.steps.front(), ahead.block, next.pitch, next.image_rows, zeros, ahead_g);
+        }
+      }
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
-      const WeightsPrefetch next_x = {x_pixels + begin, end - begin, 0, ceil_div(ahead.channels, 16)};
+      const WeightsPrefetch next_x = {ahead_x + begin, end - begin, 0, ceil_div(ahead.channels, 16)};
       const float* filter = filter_ + step.filter + item.channel * step.rows.taps * step.columns.taps * width;
       table.product[step.rows.taps][step.columns.taps][choice]({lists,
                                                                 counts,
@@ -178,8 +187,7 @@ class MaskedRun {
                                                                 i == 0,
                                                                 {next_g, next_x}});
     }
-    table.store({masks, static_cast<int>(words), channel_count, values, capacity, pixels, static_cast<int>(slots),
-                 stream_, counts});
+    table.store({masks, used_words, channel_count, values, capacity, pixels, static_cast<int>(slots), stream_, counts});
   }
 
   // An item of a class that meets at most one tap.
