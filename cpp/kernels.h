@@ -236,32 +236,32 @@ struct PointListArgs {
   int count;                   // of pixels
   int channels, block;         // block: a multiple of lanes
   const uint16_t* offsets;     // of the channels of a block in a filter block, in units of 8 bytes
-  uint16_t* lists;             // [block][pixel][capacity]; followed by up to three zeros, for whole groups of four
-  int capacity;                // >= block + 16
-  uint16_t* counts;            // [block][pixel]
+  uint16_t* lists;             // [block][entry]; a pixel's are filled up with zeros to whole groups of four
+  ptrdiff_t pitch;             // entries between blocks, >= count * block + 32
+  int* starts;                 // [block][count + 1]: where a pixel's entries begin; the last is where they end
   uint16_t* masks;             // [pixel][channels / lanes, rounded up]: a bit per channel
 };
 
-// values[pixel][entry] += the sum over features of filter * g, for every entry of the lists of one block of channels.
+// values[entry] += the sum over features of filter * g, for every entry of the lists of one block of channels.
 struct PointProductArgs {
   const uint16_t* lists;
-  const uint16_t* counts;
-  int capacity;
+  const int* starts;
   int count;              // of pixels
   const float* const* g;  // feature 0 of each
   int64_t feature;        // the first of the step
   int features;           // at most vectors * lanes; filters are zero beyond
   const float* filter;    // [channel][vectors * lanes], 64-byte aligned
-  float* values;          // [pixel][capacity]
-  bool first;             // values start from zero
+  float* values;
+  bool first;  // values start from zero
   WeightsPrefetch next[2];
 };
 
 // Writes the values to the pixels of dlhs, and zeros where a channel is not active.
 struct PointStoreArgs {
   const uint16_t* masks;  // null: nothing is active
-  const float* values;    // [block][pixel][capacity]
-  int capacity;
+  const float* values;    // [block][entry]
+  ptrdiff_t pitch;
+  const int* starts;     // [block][count + 1]
   float* const* pixels;  // channel 0 of dlhs
   int count, channels, block;
   bool stream;

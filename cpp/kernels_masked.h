@@ -162,26 +162,28 @@ void masked_store(const MaskedStoreArgs& args) {
 template <class Isa>
 void point_lists(const PointListArgs& args) {
   constexpr int kLanes = Isa::kLanes;
+  const int blocks = (args.channels + args.block - 1) / args.block;
+  for (int b = 0; b < blocks; ++b) args.starts[b * (args.count + 1)] = 0;
   uint16_t* masks = args.masks;
   for (int p = 0; p < args.count; ++p) {
     const float* x = args.pixels[p];
-    uint16_t* list = args.lists + static_cast<ptrdiff_t>(p) * args.capacity;
-    uint16_t* counts = args.counts + p;
+    uint16_t* list = args.lists;
+    int* start = args.starts + p;
     for (int first = 0; first < args.channels; first += args.block) {
       const int channels = args.channels - first < args.block ? args.channels - first : args.block;
-      int count = 0;
+      int entry = *start;
       for (int c = 0; c < channels; c += kLanes) {
         const float* from = x + first + c;
         const typename Isa::Vec v = channels - c >= kLanes ? Isa::load(from) : Isa::load_n(from, channels - c);
         const uint32_t mask = Isa::nonzero(v);
         *masks++ = static_cast<uint16_t>(mask);
-        Isa::compress_u16(list + count, mask, Isa::load_u16(args.offsets + c));
-        count += __builtin_popcount(mask);
+        Isa::compress_u16(list + entry, mask, Isa::load_u16(args.offsets + c));
+        entry += __builtin_popcount(mask);
       }
-      std::memset(list + count, 0, 4 * sizeof(uint16_t));
-      *counts = static_cast<uint16_t>(count);
-      list += static_cast<ptrdiff_t>(args.count) * args.capacity;
-      counts += args.count;
+      std::memset(list + entry, 0, 4 * sizeof(uint16_t));
+      start[1] = (entry + 3) & ~3;
+      start += args.count + 1;
+      list += args.pitch;
     }
   }
 }
@@ -206,15 +208,15 @@ struct PointProduct {
 
   static void run(const PointProductArgs& args) {
     const char* filter = reinterpret_cast<const char*>(args.filter);
+    const uint16_t* list = args.lists;
+    float* values = args.values;
     Prefetcher next_g(args.next[0], args.count), next_x(args.next[1], args.count);
     for (int p = 0; p < args.count; ++p) {
       next_g.turn();
       next_x.turn();
-      const uint16_t* list = args.lists + static_cast<ptrdiff_t>(p) * args.capacity;
-      float* values = args.values + static_cast<ptrdiff_t>(p) * args.capacity;
       Vec g[kVectors];
       load(args.g[p] + args.feature, args.features, g);
-      for (int count = args.counts[p]; count > 0; count -= kTogether, list += kTogether, values += kTogether) {
+      for (const uint16_t* end = args.lists + args.starts[p + 1]; list < end; list += kTogether, values += kTogether) {
         Vec sums[kTogether];
         const float* row[kTogether];
         unroll<kTogether>([&](auto e) ST_LAMBDA {
@@ -237,10 +239,11 @@ void point_store(const PointStoreArgs& args) {
   constexpr int kLanes = Isa::kLanes;
   const uint16_t* masks = args.masks;
   for (int p = 0; p < args.count; ++p) {
-    const float* values = args.values + static_cast<ptrdiff_t>(p) * args.capacity;
+    const float* values = args.values;
+    const int* start = args.starts + p;
     for (int first = 0; first < args.channels; first += args.block) {
       const int channels = args.channels - first < args.block ? args.channels - first : args.block;
-      const float* from = values;
+      const float* from = masks != nullptr ? values + *start : nullptr;
       float* to = args.pixels[p] + first;
       for (int c = 0; c < channels; c += kLanes) {
         typename Isa::Vec v = Isa::zero();
@@ -257,7 +260,8 @@ void point_store(const PointStoreArgs& args) {
           Isa::store(to + c, v);
         }
       }
-      values += static_cast<ptrdiff_t>(args.count) * args.capacity;
+      values += args.pitch;
+      start += args.count + 1;
     }
   }
   if (args.stream) Isa::stream_fence();

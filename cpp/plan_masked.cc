@@ -85,9 +85,12 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
   }
 }
 
-// Channels, at most, whose filters stay in L1 with this many vectors of features.
-int64_t filter_block(int64_t channels, int vectors, const WeightsMachine& machine) {
-  const int64_t fits = machine.caches.l1_bytes * 7 / 10 / (4 * vectors * machine.lanes);
+// Channels whose filters stay in L1 with this many vectors of features. Few non-zeros ask for few of them in turn: then
+// longer lists are worth a block that is larger than L1.
+int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
+  constexpr double kFew = 0.25;
+  const int64_t bytes = machine.caches.l1_bytes * (density < kFew ? 14 : 7) / 10;
+  const int64_t fits = bytes / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
   return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
 }
@@ -95,7 +98,8 @@ int64_t filter_block(int64_t channels, int vectors, const WeightsMachine& machin
 // Of a point of x, with steps of this many vectors.
 double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const WeightsMachine& machine) {
   const double channels = static_cast<double>(shape.c);
-  const double lists = static_cast<double>(steps * ceil_div(shape.c, filter_block(shape.c, vectors, machine)));
+  const int64_t blocks = ceil_div(shape.c, filter_block(shape.c, vectors, density, machine));
+  const double lists = static_cast<double>(steps * blocks);
   const double entries = density * channels * static_cast<double>(steps) + kRounding * lists;
   return lists * (kPointCost + kPointVectorCost * vectors) + entries * (kPointEntryCost + kPointFmaCost * vectors) +
          kPointElementCost * channels;
@@ -117,7 +121,7 @@ void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density
       best_cost = cost;
     }
   }
-  cls.filter_block = filter_block(plan.shape.c, best, machine);
+  cls.filter_block = filter_block(plan.shape.c, best, density, machine);
   for (int64_t i = 0; i < best_steps; ++i) add_step(rows, columns, i * best * plan.lanes, best, plan, cls);
 }
 

@@ -197,24 +197,23 @@ class MaskedRun {
     const int64_t channels = item.channels, filter_block = std::min(cls.filter_block, round_up(channels, plan_.lanes));
     const int64_t blocks = ceil_div(channels, filter_block), count = block.images * block.rows * block.columns;
     const int64_t ahead_count = ahead.block.images * ahead.block.rows * ahead.block.columns;
-    const int64_t capacity = round_up(filter_block, 32) + 16, zeros_size = plan_.shape.k + 64;
-    const int64_t lists_size = blocks * count * capacity, vectors = ceil_div(channels, plan_.lanes);
+    const int64_t zeros_size = plan_.shape.k + 64, vectors = ceil_div(channels, plan_.lanes);
+    const int64_t pitch = round_up(count * filter_block, 64) + 32;
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<float*>(count) * 2 + Scratch::size<float*>(ahead_count) +
-                  Scratch::size<float*>(count + 1) + Scratch::size<float>(zeros_size) +
-                  Scratch::size<uint16_t>(filter_block + 16) + Scratch::size<uint16_t>(count * vectors) +
-                  Scratch::size<uint16_t>(lists_size) + Scratch::size<uint16_t>(blocks * count) +
-                  Scratch::size<float>(lists_size));
+    scratch.begin(Scratch::size<float*>(count) * 3 + Scratch::size<float*>(ahead_count) +
+                  Scratch::size<float>(zeros_size) + Scratch::size<uint16_t>(filter_block + 16) +
+                  Scratch::size<uint16_t>(count * vectors) + Scratch::size<uint16_t>(blocks * pitch) +
+                  Scratch::size<int>(blocks * (count + 1)) + Scratch::size<float>(blocks * pitch));
     const float** x_pixels = scratch.take<const float*>(count);
     float** pixels = scratch.take<float*>(count);
     const float** ahead_pixels = scratch.take<const float*>(ahead_count);
-    const float** g_pixels = scratch.take<const float*>(count + 1);
+    const float** g_pixels = scratch.take<const float*>(count);
     float* zeros = scratch.take<float>(zeros_size);
     uint16_t* offsets = scratch.take<uint16_t>(filter_block + 16);
     uint16_t* masks = scratch.take<uint16_t>(count * vectors);
-    uint16_t* lists = scratch.take<uint16_t>(lists_size);
-    uint16_t* counts = scratch.take<uint16_t>(blocks * count);
-    float* values = scratch.take<float>(lists_size);
+    uint16_t* lists = scratch.take<uint16_t>(blocks * pitch);
+    int* starts = scratch.take<int>(blocks * (count + 1));
+    float* values = scratch.take<float>(blocks * pitch);
 
     point_at_x(item, x_pixels);
     for (int64_t p = 0; p < count; ++p) pixels[p] = dlhs_ + (x_pixels[p] - x_);
@@ -224,8 +223,8 @@ class MaskedRun {
       const MaskedStep& first = cls.steps.front();
       const int64_t width = static_cast<int64_t>(first.vectors) * plan_.lanes;
       for (int64_t c = 0; c < filter_block; ++c) offsets[c] = static_cast<uint16_t>(c * width / 2);
-      table.point_lists({x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists,
-                         static_cast<int>(capacity), counts, masks});
+      table.point_lists(
+          {x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists, pitch, starts, masks});
       std::fill_n(zeros, zeros_size, 0.0f);
       point_at_g(first, block, block.columns, block.rows, zeros, g_pixels);
       point_at_x(ahead, ahead_pixels);
@@ -235,27 +234,25 @@ class MaskedRun {
     const int64_t steps = static_cast<int64_t>(cls.steps.size()), turns = steps * blocks;
     for (int64_t i = 0; i < turns; ++i) {
       const MaskedStep& step = cls.steps[i / blocks];
-      const int64_t first = i % blocks * filter_block, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
-      const int64_t lines = ceil_div(width, 16), begin = lines * (i % blocks) / blocks,
-                    end = lines * (i % blocks + 1) / blocks;
+      const int64_t b = i % blocks, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
+      const int64_t lines = ceil_div(width, 16), begin = lines * b / blocks, end = lines * (b + 1) / blocks;
       const WeightsPrefetch next_g = {g_pixels, i / blocks + 1 < steps ? count : 0, step.feature + width + 16 * begin,
                                       end - begin};
       const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
       const WeightsPrefetch next_x = {ahead_pixels + begin_x, end_x - begin_x, 0, ceil_div(ahead.channels, 16)};
-      table.point_product[step.vectors]({lists + i % blocks * count * capacity,
-                                         counts + i % blocks * count,
-                                         static_cast<int>(capacity),
+      table.point_product[step.vectors]({lists + b * pitch,
+                                         starts + b * (count + 1),
                                          point_count,
                                          g_pixels,
                                          step.feature,
                                          step.features,
-                                         filter_ + step.filter + (item.channel + first) * width,
-                                         values + i % blocks * count * capacity,
+                                         filter_ + step.filter + (item.channel + b * filter_block) * width,
+                                         values + b * pitch,
                                          i < blocks,
                                          {next_g, next_x}});
     }
-    table.point_store({steps > 0 ? masks : nullptr, values, static_cast<int>(capacity), pixels, point_count,
-                       channel_count, static_cast<int>(filter_block), stream_});
+    table.point_store({steps > 0 ? masks : nullptr, values, pitch, starts, pixels, point_count, channel_count,
+                       static_cast<int>(filter_block), stream_});
   }
 
   // Channel 0 of the item's pixels of x, in the order of their slots; returns how many.
