@@ -8,20 +8,21 @@
 namespace sparsetrain {
 namespace {
 
-// Costs in multiply-adds of a vector of the dense BWI, measured.
-constexpr double kProductCost = 1.5;  // a multiply-add of a product: bound by its load; sums over lanes come with it
-constexpr double kElementCost = 5;    // listing an element of x and storing one of dlhs
-constexpr double kChannelCost = 60;   // of a product, per channel of a block: its filter, the mispredicted end
-// Of a class of points:
-constexpr double kPointCost = 35;         // a point and block of channels: the mispredicted end
-constexpr double kPointVectorCost = 3.3;  // its features, per vector, from L2
-constexpr double kPointEntryCost = 2.8;   // an entry of its list: the sum over lanes
-constexpr double kPointFmaCost = 0.91;
-constexpr double kPointElementCost = 2.4;  // listing and storing an element
-constexpr double kRounding = 1.5;          // entries that fill up the last group of a list
-constexpr double kZeroCost = 0.5;          // zeroing as the result is written: reading x, per element
+// Costs in multiply-adds of a vector of the dense BWI, fitted to measurements.
+constexpr double kProductCost = 1.22;  // a multiply-add of a product: bound by loads; the sum over lanes is in it
+constexpr double kElementCost = 4;     // listing an element of x and storing one of dlhs
+constexpr double kChannelCost = 110;   // of a product, per channel, block and step: its filter, the mispredicted end
+constexpr double kZeroCost = 1.3;      // zeroing as the result is written: reading x, per element
 constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
-constexpr double kMargin = 0.9;        // a product must promise this share of the other ways' cost: they are surer
+constexpr double kMargin = 0.96;       // a product must promise this share of the other ways' cost: they are surer
+constexpr double kEmptyCost = 1;       // writing zeros where no tap meets a class, per element
+// Of a class of points:
+constexpr double kPointCost = 35;          // a point and block of channels: the mispredicted end
+constexpr double kPointVectorCost = 3.3;   // its features, per vector, from L2
+constexpr double kPointEntryCost = 2.8;    // an entry of its list: the sum over lanes
+constexpr double kPointFmaCost = 0.91;     // a multiply-add of an entry
+constexpr double kPointElementCost = 2.1;  // listing and storing an element
+constexpr double kRounding = 1.5;          // entries that fill up the last group of a list
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -236,7 +237,7 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
     if (!cls.points) {
       product += densities.lhs * kProductCost * fmas + kElementCost * pixels * channels;
     } else if (cls.steps.empty()) {
-      product += pixels * channels;
+      product += kEmptyCost * pixels * channels;
     } else {
       product += pixels * point_cost(shape, static_cast<int64_t>(cls.steps.size()), cls.steps.front().vectors,
                                      densities.lhs, machine);

@@ -1,5 +1,6 @@
 // Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm, plan_masked.h the blocking.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -306,6 +307,20 @@ class MaskedRun {
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 
+// Where x is all zero, as a sample suggests, nothing is left but to write zeros. Returns whether it was.
+bool zero_where_all_zero(const float* x, float* dlhs, int64_t size, Executor& executor) {
+  constexpr int64_t kChunk = 1 << 14;
+  const WeightsKernels& table = kernels().weights;
+  std::atomic<bool> all_zero{true};
+  run_phases(executor, {{ceil_div(size, kChunk), [&](int64_t index) {
+                           const int64_t first = index * kChunk, count = std::min(kChunk, size - first);
+                           if (!all_zero.load(std::memory_order_relaxed)) return;
+                           if (table.count_nonzero(x + first, count) > 0) all_zero.store(false);
+                           std::memset(dlhs + first, 0, count * sizeof(float));
+                         }}});
+  return all_zero.load();
+}
+
 }  // namespace
 
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, const float* rhs, const float* x,
@@ -316,6 +331,10 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, const float* g, co
   if (mode != Mode::kDense) {
     densities.lhs = density(x, size);
     densities.g = density(g, shape.n * shape.oh * shape.ow * shape.k);
+  }
+  if (densities.lhs == 0 && zero_where_all_zero(x, dlhs, size, executor)) {
+    count("conv_bwd_input_masked/sparse");
+    return;
   }
   const MaskedPlan plan =
       plan_masked(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
