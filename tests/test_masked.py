@@ -28,6 +28,10 @@ CASES = [
     same(Case(1, 9, 40, 8, 130, 1, 4)),
     Case(3, 9, 10, 80, 96, 1, 1),
     Case(1, 20, 20, 250, 15, 1, 1),
+    Case(1, 5, 7, 300, 200, 1, 1),  # several blocks of channels, the last step of features is narrow
+    Case(2, 20, 15, 40, 260, 1, 1, (1, 1), ((1, 0), (0, 2))),  # one tap, and padding
+    Case(1, 1, 1, 3, 2, 1, 1),
+    Case(3, 5, 5, 9, 17, 2, 2, (2, 2)),  # one tap for each class
     Case(1, 8, 9, 24, 24, 3, 3, (1, 1), ((4, 0), (0, 5))),  # more padding than the kernel reaches
     Case(1, 2, 2, 8, 8, 7, 7, (1, 1), ((3, 3), (3, 3))),
 ]
@@ -78,6 +82,21 @@ def test_the_mask_of_every_single_pixel_and_channel_is_honoured(isa: str) -> Non
         x = np.zeros(case.lhs_shape, np.float32)
         x.flat[index] = -1  # active is what is not zero, whatever its sign
         np.testing.assert_array_equal(run(case, g, rhs, x, "sparse"), np.where(x == 0, 0, dense))
+
+
+def test_a_single_active_element_that_a_sample_of_x_overlooks_is_honoured(isa: str) -> None:
+    case = same(Case(5, 64, 64, 16, 4, 1, 1))
+    rng = seed("overlooked")
+    g, rhs = values(rng, case.out_shape, integers=True), values(rng, case.rhs_shape, integers=True)
+    dense = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
+    x = np.zeros(case.lhs_shape, np.float32)
+    for mode in MODES:
+        np.testing.assert_array_equal(run(case, g, rhs, x, mode), x)
+    for index in (0, x.size // 3, x.size - 1):
+        x[...] = 0
+        x.flat[index] = 1
+        for mode in MODES:
+            np.testing.assert_array_equal(run(case, g, rhs, x, mode), np.where(x == 0, 0, dense))
 
 
 def test_nan_in_x_is_active_and_negative_zero_is_not(isa: str) -> None:
