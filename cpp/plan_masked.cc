@@ -13,9 +13,12 @@ constexpr double kProductCost = 1.22;  // a multiply-add of a product: bound by 
 constexpr double kElementCost = 4;     // listing an element of x and storing one of dlhs
 constexpr double kChannelCost = 110;   // of a product, per channel, block and step: its filter, the mispredicted end
 constexpr double kZeroCost = 1.3;      // zeroing as the result is written: reading x, per element
-constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
 constexpr double kMargin = 0.96;       // a product must promise this share of the other ways' cost: they are surer
 constexpr double kEmptyCost = 1;       // writing zeros where no tap meets a class, per element
+// Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
+constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
+constexpr double kSkippingCost1x1 = 0.25, kSkippingSlope1x1 = 1.0;
+constexpr double kSkippingMost = 1.1;
 // Of a class of points:
 constexpr double kPointCost = 35;          // a point and block of channels: the mispredicted end
 constexpr double kPointVectorCost = 3.3;   // its features, per vector, from L2
@@ -244,7 +247,10 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
     }
   }
   plan.product_cost = product;
-  plan.g_cost = dense * (kSkippingCost + (1 - kSkippingCost) * densities.g) + kZeroCost * elements;
+  const bool one_tap = shape.r * shape.s == 1;
+  const double share =
+      one_tap ? kSkippingCost1x1 + kSkippingSlope1x1 * densities.g : kSkippingCost + kSkippingSlope * densities.g;
+  plan.g_cost = dense * std::min(kSkippingMost, share) + kZeroCost * elements;
   plan.dense_cost = dense + kZeroCost * elements;
 }
 

@@ -211,13 +211,14 @@ class MaskedRun {
     const int64_t zeros_size = plan_.shape.k + 64, vectors = ceil_div(channels, plan_.lanes);
     const int64_t pitch = round_up(count * filter_block, 64) + 32;
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<void*>(count) * 3 + Scratch::size<void*>(ahead_count) +
+    scratch.begin(Scratch::size<void*>(count) * 3 + Scratch::size<void*>(ahead_count) * 2 +
                   Scratch::size<float>(zeros_size) + Scratch::size<uint16_t>(filter_block + 16) +
                   Scratch::size<uint16_t>(count * vectors) + Scratch::size<uint16_t>(blocks * pitch) +
                   Scratch::size<int>(blocks * (count + 1)) + Scratch::size<float>(blocks * pitch));
     const void** x_pixels = scratch.take<const void*>(count);
     void** pixels = scratch.take<void*>(count);
-    const void** ahead_pixels = scratch.take<const void*>(ahead_count);
+    const void** ahead_x = scratch.take<const void*>(ahead_count);
+    const void** ahead_g = scratch.take<const void*>(ahead_count);
     const void** g_pixels = scratch.take<const void*>(count);
     float* zeros = scratch.take<float>(zeros_size);
     uint16_t* offsets = scratch.take<uint16_t>(filter_block + 16);
@@ -238,20 +239,23 @@ class MaskedRun {
           {x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists, pitch, starts, masks});
       std::fill_n(zeros, zeros_size, 0.0f);
       point_at_g(first, block, block.columns, block.rows, zeros, g_pixels);
-      point_at(x_, ahead, ahead_pixels);
+      point_at(x_, ahead, ahead_x);
     }
-    // While a block of channels meets a step, a share of the g of the next step comes into L2, and a share of the next
-    // item's x.
+    // While a block of channels meets a step, a share of the g of the next step comes into L2, or of the next item if
+    // it is of this class, and a share of the latter's x.
+    const bool same_class = ahead_count > 0 && ahead.cls == &cls;
+    if (same_class && !cls.steps.empty()) {
+      point_at_g(cls.steps.front(), ahead.block, ahead.block.columns, ahead.block.rows, zeros, ahead_g);
+    }
     const int64_t steps = static_cast<int64_t>(cls.steps.size()), turns = steps * blocks;
     for (int64_t i = 0; i < turns; ++i) {
       const MaskedStep& step = cls.steps[i / blocks];
       const int64_t b = i % blocks, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
       const int64_t lines = ceil_div(width * g_.size(), 64), begin = lines * b / blocks, end = lines * (b + 1) / blocks;
-      const WeightsPrefetch next_g = {g_pixels, i / blocks + 1 < steps ? count : 0,
-                                      (step.feature + width) * g_.size() + 64 * begin, end - begin};
+      WeightsPrefetch next_g = {g_pixels, count, (step.feature + width) * g_.size() + 64 * begin, end - begin};
+      if (i / blocks + 1 == steps) next_g = {ahead_g, same_class ? ahead_count : 0, 64 * begin, end - begin};
       const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
-      const WeightsPrefetch next_x = {ahead_pixels + begin_x, end_x - begin_x, 0,
-                                      ceil_div(ahead.channels * x_.size(), 64)};
+      const WeightsPrefetch next_x = {ahead_x + begin_x, end_x - begin_x, 0, ceil_div(ahead.channels * x_.size(), 64)};
       table.point_product[dtype_][step.vectors]({lists + b * pitch,
                                                  starts + b * (count + 1),
                                                  point_count,
