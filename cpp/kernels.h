@@ -221,24 +221,25 @@ struct WeightsKernels {
 // Masked BWI, see kernels_masked.h for the algorithm. The pixels of a block of x are its *slots*; a *position* is a
 // place in the scratch copy of g.
 constexpr int kMaskedTaps = 3;           // rows and columns of taps of one product; larger kernels are cut into several
-constexpr int kMaskedVectorChoices = 5;  // a product takes 1, 2, 4, 8 or 16 vectors of features, indexed by logarithm
+constexpr int kMaskedVectorChoices = 4;  // a product takes 1, 2, 4 or 8 vectors of features, indexed by logarithm
 
 // Which products exist: the filter of a channel sits in registers, beside four sums. Of each rectangle of taps the
-// widest and half of it, so that the last step of few features is not mostly padding; all of them for a single tap.
+// widest and half of it, so that the last step of few features is not mostly padding. A single tap goes by points.
 constexpr bool masked_offered(int rows, int columns, int vectors, int registers) {
   const int most = registers - 5, needed = rows * columns * vectors;
-  return needed <= most && (rows * columns == 1 || 4 * needed > most);
+  return rows * columns > 1 && needed <= most && 4 * needed > most;
 }
 
-// Lists the active slots of every channel, by the position that the first tap of each meets.
+// Masks of x, and the active slots of every channel, by the position that the first tap of each meets.
 struct MaskedListArgs {
-  const uint64_t* masks;  // [channel][words]
-  int words;              // 64 slots each
+  const void* const* pixels;  // channel 0 of x, of each slot; null beyond the last slot
+  int words;                  // 64 slots each
   int channels;
   const uint16_t* positions;  // of each slot
-  uint16_t* lists;            // [channel][capacity]; the last entry is repeated up to a multiple of four
-  int capacity;               // >= 64 * words + 16
-  uint16_t* counts;           // [channel], without repetitions
+  uint64_t* masks;            // [channel rounded up to lanes][words]
+  uint16_t* lists;   // [channel rounded up to lanes][capacity]; followed by up to three zeros, for whole groups of four
+  int capacity;      // >= 64 * words + 16
+  uint16_t* counts;  // [channel rounded up to lanes]
 };
 
 // values[channel][entry] += the sum over taps and features of filter * g, for every entry of the lists.
@@ -268,10 +269,58 @@ struct MaskedStoreArgs {
   uint16_t* taken;  // [channel rounded up to lanes], scratch
 };
 
+// A class of pixels that meet a single tap goes pixel by pixel instead of channel by channel: its *points*.
+constexpr int kMaxPointVectors = 16;  // of features in one step
+
+// Which point products exist: a pixel's features sit in registers, beside four sums.
+constexpr bool point_offered(int vectors, int registers) {
+  return vectors <= registers - 5 && (vectors <= 8 || vectors % 4 == 0);
+}
+
+// Lists the active channels of every pixel, block by block of channels.
+struct PointListArgs {
+  const void* const* pixels;  // channel 0 of x
+  int count;                  // of pixels
+  int channels, block;        // block: a multiple of lanes
+  const uint16_t* offsets;    // of the channels of a block in a filter block, in units of 8 bytes
+  uint16_t* lists;            // [block][entry]; a pixel's are filled up with zeros to whole groups of four
+  ptrdiff_t pitch;            // entries between blocks, >= count * block + 32
+  int* starts;                // [block][count + 1]: where a pixel's entries begin; the last is where they end
+  uint16_t* masks;            // [pixel][channels / lanes, rounded up]: a bit per channel
+};
+
+// values[entry] += the sum over features of filter * g, for every entry of the lists of one block of channels.
+struct PointProductArgs {
+  const uint16_t* lists;
+  const int* starts;
+  int count;             // of pixels
+  const void* const* g;  // feature 0 of each
+  int64_t feature;       // the first of the step
+  int features;          // at most vectors * lanes; filters are zero beyond
+  const float* filter;   // [channel][vectors * lanes], 64-byte aligned
+  float* values;
+  bool first;  // values start from zero
+  WeightsPrefetch next[2];
+};
+
+// Writes the values to the pixels of dlhs, and zeros where a channel is not active.
+struct PointStoreArgs {
+  const uint16_t* masks;  // null: nothing is active
+  const float* values;    // [block][entry]
+  ptrdiff_t pitch;
+  const int* starts;    // [block][count + 1]
+  void* const* pixels;  // channel 0 of dlhs
+  int count, channels, block;
+  bool stream;  // float32 only
+};
+
 struct MaskedKernels {
-  void (*lists)(const MaskedListArgs&);
+  void (*lists[kDTypes])(const MaskedListArgs&);
   void (*product[kMaskedTaps + 1][kMaskedTaps + 1][kMaskedVectorChoices])(const MaskedProductArgs&);  // null: none
   void (*store[kDTypes])(const MaskedStoreArgs&);
+  void (*point_lists[kDTypes])(const PointListArgs&);
+  void (*point_product[kDTypes][kMaxPointVectors + 1])(const PointProductArgs&);  // null: none
+  void (*point_store[kDTypes])(const PointStoreArgs&);
 };
 
 struct Kernels {

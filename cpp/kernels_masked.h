@@ -27,22 +27,44 @@
 namespace sparsetrain {
 namespace {
 
-template <class Isa>
+template <class Isa, class T>
 void masked_lists(const MaskedListArgs& args) {
-  constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
-  const uint64_t* masks = args.masks;
-  for (int c = 0; c < args.channels; ++c, masks += args.words) {
-    uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
-    int count = 0;
-    for (int w = 0; w < args.words; ++w) {
-      for (int i = 0; i < 64; i += Isa::kLanes) {
-        const uint32_t mask = static_cast<uint32_t>(masks[w] >> i) & kLaneBits;
-        Isa::compress_u16(list + count, mask, args.positions + 64 * w + i);
-        count += __builtin_popcount(mask);
+  constexpr int kLanes = Isa::kLanes;
+  constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
+  for (int c = 0; c < args.channels + kLanes - 1; ++c) args.counts[c] = 0;
+  // All channels of 64 pixels in turn: a pixel's lines follow each other.
+  for (int w = 0; w < args.words; ++w) {
+    const void* const* pixels = args.pixels + 64 * w;
+    const auto at = [&](int i) ST_LAMBDA { return static_cast<const T*>(pixels[i]); };
+    int slots = 64;
+    while (pixels[slots - 1] == nullptr) --slots;
+    for (int first = 0; first < args.channels; first += kLanes) {
+      const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
+      uint16_t of_slot[64] = {};
+      if (channels == kLanes) {
+        for (int i = 0; i < slots; ++i) of_slot[i] = static_cast<uint16_t>(Isa::nonzero(Isa::load(at(i) + first)));
+      } else {
+        for (int i = 0; i < slots; ++i) {
+          of_slot[i] = static_cast<uint16_t>(Isa::nonzero(Isa::load_n(at(i) + first, channels)));
+        }
+      }
+      uint64_t of_channel[kLanes];
+      Isa::transpose_bits(of_slot, of_channel);
+      typename Isa::U16 positions[64 / kLanes];
+      for (int i = 0; i < 64 / kLanes; ++i) positions[i] = Isa::load_u16(args.positions + 64 * w + i * kLanes);
+      for (int c = 0; c < kLanes; ++c) {
+        args.masks[static_cast<ptrdiff_t>(first + c) * args.words + w] = of_channel[c];
+        uint16_t* list = args.lists + static_cast<ptrdiff_t>(first + c) * args.capacity;
+        int count = args.counts[first + c];
+        for (int i = 0; i < 64 / kLanes; ++i) {
+          const uint32_t mask = static_cast<uint32_t>(of_channel[c] >> i * kLanes) & kLaneBits;
+          Isa::compress_u16(list + count, mask, positions[i]);
+          count += __builtin_popcount(mask);
+        }
+        std::memset(list + count, 0, 4 * sizeof(uint16_t));
+        args.counts[first + c] = static_cast<uint16_t>(count);
       }
     }
-    args.counts[c] = static_cast<uint16_t>(count);
-    for (; count % 4 != 0; ++count) list[count] = list[count - 1];
   }
 }
 
@@ -137,6 +159,124 @@ void masked_store(const MaskedStoreArgs& args) {
   if (args.stream) Isa::stream_fence();
 }
 
+// ---- points ----
+
+template <class Isa, class T>
+void point_lists(const PointListArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  const int blocks = (args.channels + args.block - 1) / args.block;
+  for (int b = 0; b < blocks; ++b) args.starts[b * (args.count + 1)] = 0;
+  uint16_t* masks = args.masks;
+  for (int p = 0; p < args.count; ++p) {
+    const T* x = static_cast<const T*>(args.pixels[p]);
+    uint16_t* list = args.lists;
+    int* start = args.starts + p;
+    for (int first = 0; first < args.channels; first += args.block) {
+      const int channels = args.channels - first < args.block ? args.channels - first : args.block;
+      int entry = *start;
+      for (int c = 0; c < channels; c += kLanes) {
+        const T* from = x + first + c;
+        const typename Isa::Vec v = channels - c >= kLanes ? Isa::load(from) : Isa::load_n(from, channels - c);
+        const uint32_t mask = Isa::nonzero(v);
+        *masks++ = static_cast<uint16_t>(mask);
+        Isa::compress_u16(list + entry, mask, Isa::load_u16(args.offsets + c));
+        entry += __builtin_popcount(mask);
+      }
+      std::memset(list + entry, 0, 4 * sizeof(uint16_t));
+      start[1] = (entry + 3) & ~3;
+      start += args.count + 1;
+      list += args.pitch;
+    }
+  }
+}
+
+template <class Isa, class T, int kVectors>
+struct PointProduct {
+  using Vec = typename Isa::Vec;
+  static constexpr int kLanes = Isa::kLanes, kTogether = 4;
+
+  static ST_INLINE void load(const T* from, int features, Vec (&g)[kVectors]) {
+    if (features == kVectors * kLanes) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { g[v] = Isa::load(from + v * kLanes); });
+      return;
+    }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const int left = features - v * kLanes;
+      g[v] = left >= kLanes ? Isa::load(from + v * kLanes)
+             : left > 0     ? Isa::load_n(from + v * kLanes, left)
+                            : Isa::zero();
+    });
+  }
+
+  static void run(const PointProductArgs& args) {
+    const char* filter = reinterpret_cast<const char*>(args.filter);
+    const uint16_t* list = args.lists;
+    float* values = args.values;
+    Prefetcher next_g(args.next[0], args.count), next_x(args.next[1], args.count);
+    for (int p = 0; p < args.count; ++p) {
+      next_g.turn();
+      next_x.turn();
+      Vec g[kVectors];
+      load(static_cast<const T*>(args.g[p]) + args.feature, args.features, g);
+      for (const uint16_t* end = args.lists + args.starts[p + 1]; list < end; list += kTogether, values += kTogether) {
+        Vec sums[kTogether];
+        const float* row[kTogether];
+        unroll<kTogether>([&](auto e) ST_LAMBDA {
+          sums[e] = Isa::zero();
+          row[e] = reinterpret_cast<const float*>(filter + 8 * static_cast<size_t>(list[e]));
+          ST_OPAQUE(row[e]);
+        });
+        unroll<kVectors>([&](auto v) ST_LAMBDA {
+          unroll<kTogether>([&](auto e)
+                                ST_LAMBDA { sums[e] = Isa::fma(g[v], Isa::load(row[e] + v * kLanes), sums[e]); });
+        });
+        Isa::add_sums(values, args.first, sums[0], sums[1], sums[2], sums[3]);
+      }
+    }
+  }
+};
+
+template <class Isa, class T>
+void point_store(const PointStoreArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  const uint16_t* masks = args.masks;
+  for (int p = 0; p < args.count; ++p) {
+    const float* values = args.values;
+    const int* start = args.starts + p;
+    for (int first = 0; first < args.channels; first += args.block) {
+      const int channels = args.channels - first < args.block ? args.channels - first : args.block;
+      const float* from = masks != nullptr ? values + *start : nullptr;
+      T* to = static_cast<T*>(args.pixels[p]) + first;
+      for (int c = 0; c < channels; c += kLanes) {
+        typename Isa::Vec v = Isa::zero();
+        if (masks != nullptr) {
+          const uint32_t mask = *masks++;
+          v = Isa::expand(mask, from);
+          from += __builtin_popcount(mask);
+        }
+        if constexpr (std::is_same_v<T, float>) {
+          if (args.stream && channels - c >= kLanes) {
+            Isa::stream(to + c, v);
+            continue;
+          }
+        }
+        channels - c < kLanes ? Isa::store_n(to + c, v, channels - c) : Isa::store(to + c, v);
+      }
+      values += args.pitch;
+      start += args.count + 1;
+    }
+  }
+  if (args.stream) Isa::stream_fence();
+}
+
+template <class Isa, class T, int kVectors>
+constexpr void offer_point_product(MaskedKernels& table) {
+  if constexpr (point_offered(kVectors, Isa::kRegisters)) {
+    table.point_product[kIndexOf<T>][kVectors] = PointProduct<Isa, T, kVectors>::run;
+  }
+  if constexpr (kVectors < kMaxPointVectors) offer_point_product<Isa, T, kVectors + 1>(table);
+}
+
 template <class Isa, int kRows, int kColumns, int kChoice>
 constexpr void offer_product(MaskedKernels& table) {
   if constexpr (masked_offered(kRows, kColumns, 1 << kChoice, Isa::kRegisters)) {
@@ -151,14 +291,22 @@ constexpr void offer_product(MaskedKernels& table) {
   }
 }
 
+template <class Isa, class T>
+constexpr void offer_masked(MaskedKernels& table) {
+  table.lists[kIndexOf<T>] = masked_lists<Isa, T>;
+  table.store[kIndexOf<T>] = masked_store<Isa, T>;
+  table.point_lists[kIndexOf<T>] = point_lists<Isa, T>;
+  offer_point_product<Isa, T, 1>(table);
+  table.point_store[kIndexOf<T>] = point_store<Isa, T>;
+}
+
 template <class Isa>
 constexpr MaskedKernels masked_kernels() {
   MaskedKernels table{};
-  table.lists = masked_lists<Isa>;
-  table.store[kIndexOf<float>] = masked_store<Isa, float>;
-  table.store[kIndexOf<Bf16>] = masked_store<Isa, Bf16>;
-  table.store[kIndexOf<F16>] = masked_store<Isa, F16>;
   offer_product<Isa, 1, 1, 0>(table);
+  offer_masked<Isa, float>(table);
+  offer_masked<Isa, Bf16>(table);
+  offer_masked<Isa, F16>(table);
   return table;
 }
 

@@ -362,7 +362,7 @@ void weights_list(const WeightsListArgs& args) {
   const auto append = [&](uint64_t mask, const uint16_t* positions, uint16_t* list) ST_LAMBDA {
     for (int i = 0; i < 64; i += Isa::kLanes) {
       const uint32_t lanes = static_cast<uint32_t>(mask >> i) & kLaneBits;
-      Isa::compress_u16(list, lanes, positions + i);
+      Isa::compress_u16(list, lanes, Isa::load_u16(positions + i));
       list += __builtin_popcount(lanes);
     }
     return list;

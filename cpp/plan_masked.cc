@@ -8,14 +8,24 @@
 namespace sparsetrain {
 namespace {
 
-// Costs in multiply-adds of a vector of the dense BWI, measured.
-constexpr double kProductCost = 1.5;   // a multiply-add of a product: bound by its load; sums over lanes come with it
-constexpr double kElementCost = 5;     // listing an element of x and storing one of dlhs
-constexpr double kChannelCost = 60;    // of a product, per channel of a block: its filter, the mispredicted end
-constexpr double kZeroCost = 0.5;      // zeroing as the result is written: reading x, per element
-constexpr double kSkippingCost = 0.1;  // of the dense BWI's, that skipping the zeros of g costs whatever their number
-constexpr double kMargin = 0.9;        // a product must promise this share of the other ways' cost: they are surer
-constexpr int kOneTapFeatures = 64;    // of a step with one tap: fewer multiply-adds per sum, but more pixels in L1
+// Costs in multiply-adds of a vector of the dense BWI, fitted to measurements.
+constexpr double kProductCost = 1.22;  // a multiply-add of a product: bound by loads; the sum over lanes is in it
+constexpr double kElementCost = 4;     // listing an element of x and storing one of dlhs
+constexpr double kChannelCost = 110;   // of a product, per channel, block and step: its filter, the mispredicted end
+constexpr double kZeroCost = 1.3;      // zeroing as the result is written: reading x, per element
+constexpr double kMargin = 0.96;       // a product must promise this share of the other ways' cost: they are surer
+constexpr double kEmptyCost = 1;       // writing zeros where no tap meets a class, per element
+// Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
+constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
+constexpr double kSkippingCost1x1 = 0.25, kSkippingSlope1x1 = 1.0;
+constexpr double kSkippingMost = 1.1;
+// Of a class of points:
+constexpr double kPointCost = 35;          // a point and block of channels: the mispredicted end
+constexpr double kPointVectorCost = 3.3;   // its features, per vector, from L2
+constexpr double kPointEntryCost = 2.8;    // an entry of its list: the sum over lanes
+constexpr double kPointFmaCost = 0.91;     // a multiply-add of an entry
+constexpr double kPointElementCost = 2.1;  // listing and storing an element
+constexpr double kRounding = 1.5;          // entries that fill up the last group of a list
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -54,15 +64,10 @@ std::vector<TapAxis> cut(const TapAxis& axis) {
   return parts;
 }
 
-// The narrowest step for `left` features, or the widest there is. Half the widest exists, and down to one for one tap.
+// The narrowest step for `left` features, or the widest there is. Half the widest exists.
 int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const WeightsMachine& machine) {
-  int widest = 1;
-  for (int v = 1 << (kMaskedVectorChoices - 1); v >= 1; v /= 2) {
-    if (!masked_offered(rows.taps, columns.taps, v, machine.registers)) continue;
-    if (rows.taps * columns.taps == 1 && v * machine.lanes > kOneTapFeatures) continue;
-    widest = v;
-    break;
-  }
+  int widest = 1 << (kMaskedVectorChoices - 1);
+  while (!masked_offered(rows.taps, columns.taps, widest, machine.registers)) widest /= 2;
   while (widest > 1 && widest / 2 * machine.lanes >= left &&
          masked_offered(rows.taps, columns.taps, widest / 2, machine.registers)) {
     widest /= 2;
@@ -70,16 +75,58 @@ int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const 
   return widest;
 }
 
+void add_step(const TapAxis& rows, const TapAxis& columns, int64_t first, int vectors, MaskedPlan& plan,
+              MaskedClass& cls) {
+  const int64_t width = static_cast<int64_t>(vectors) * plan.lanes, count = std::min(width, plan.shape.k - first);
+  cls.steps.push_back({rows, columns, first, static_cast<int>(count), vectors, plan.filter_floats});
+  plan.filter_floats += plan.shape.c * rows.taps * columns.taps * width;
+}
+
 void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine& machine, MaskedPlan& plan,
                MaskedClass& cls) {
-  const int64_t features = plan.shape.k;
-  for (int64_t first = 0; first < features;) {
-    const int vectors = step_width(rows, columns, features - first, machine);
-    const int64_t width = static_cast<int64_t>(vectors) * plan.lanes, count = std::min(width, features - first);
-    cls.steps.push_back({rows, columns, first, static_cast<int>(count), vectors, plan.filter_floats});
-    plan.filter_floats += plan.shape.c * rows.taps * columns.taps * width;
-    first += count;
+  for (int64_t first = 0; first < plan.shape.k; first += cls.steps.back().features) {
+    add_step(rows, columns, first, step_width(rows, columns, plan.shape.k - first, machine), plan, cls);
   }
+}
+
+// Channels whose filters stay in L1 with this many vectors of features. Few non-zeros ask for few of them in turn: then
+// longer lists are worth a block that is larger than L1.
+int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
+  constexpr double kFew = 0.25;
+  const int64_t bytes = machine.caches.l1_bytes * (density < kFew ? 14 : 7) / 10;
+  const int64_t fits = bytes / (4 * vectors * machine.lanes);
+  const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
+  return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
+}
+
+// Of a point of x, with steps of this many vectors.
+double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const WeightsMachine& machine) {
+  const double channels = static_cast<double>(shape.c);
+  const int64_t blocks = ceil_div(shape.c, filter_block(shape.c, vectors, density, machine));
+  const double lists = static_cast<double>(steps * blocks);
+  const double entries = density * channels * static_cast<double>(steps) + kRounding * lists;
+  return lists * (kPointCost + kPointVectorCost * vectors) + entries * (kPointEntryCost + kPointFmaCost * vectors) +
+         kPointElementCost * channels;
+}
+
+void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density, const WeightsMachine& machine,
+                     MaskedPlan& plan, MaskedClass& cls) {
+  const int64_t needed = ceil_div(plan.shape.k, plan.lanes);
+  int64_t best_steps = 0;
+  int best = 0;
+  double best_cost = 0;
+  for (int vectors = 1; vectors <= kMaxPointVectors; ++vectors) {
+    if (!point_offered(vectors, machine.registers)) continue;
+    const int64_t steps = ceil_div(needed, vectors);
+    const double cost = point_cost(plan.shape, steps, vectors, density, machine);
+    if (best == 0 || cost < best_cost) {
+      best = vectors;
+      best_steps = steps;
+      best_cost = cost;
+    }
+  }
+  cls.filter_block = filter_block(plan.shape.c, best, density, machine);
+  for (int64_t i = 0; i < best_steps; ++i) add_step(rows, columns, i * best * plan.lanes, best, plan, cls);
 }
 
 // Padding before and after the pixels of g that `pixels` pixels meet: what neighbouring rows may share.
@@ -128,20 +175,36 @@ void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   }
 }
 
-void plan_product(const WeightsMachine& machine, MaskedPlan& plan) {
+// Pixels of a block: of a product, so that its g stays in L1; of points, so that their lists and values and the g of
+// this step and the next take a quarter of L2: the filters that pass by need the rest.
+int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, const WeightsMachine& machine) {
+  int widest = 1;
+  for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
+  const int64_t bytes = 4 * widest * plan.lanes;
+  if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * 9 / 10 / bytes, 16, 1024);
+  const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
+  const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
+  return std::clamp<int64_t>(machine.caches.l2_bytes / 4 / point_bytes, 32, 256);
+}
+
+void plan_product(double density, const WeightsMachine& machine, MaskedPlan& plan) {
   const ConvShape& shape = plan.shape;
   for (const AxisClass& row : split_axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top)) {
     for (const AxisClass& column : split_axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left)) {
       MaskedClass cls{};
       cls.rows = row.pixels;
       cls.columns = column.pixels;
-      for (const TapAxis& rows : cut(row.taps)) {
-        for (const TapAxis& columns : cut(column.taps)) add_steps(rows, columns, machine, plan, cls);
+      const int taps = row.taps.taps * column.taps.taps;
+      cls.points = taps <= 1;
+      cls.filter_block = shape.c;
+      if (taps == 1) {
+        add_point_steps(row.taps, column.taps, density, machine, plan, cls);
+      } else if (taps > 1) {
+        for (const TapAxis& rows : cut(row.taps)) {
+          for (const TapAxis& columns : cut(column.taps)) add_steps(rows, columns, machine, plan, cls);
+        }
       }
-      int widest = 1;
-      for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
-      const int64_t bytes = 4 * widest * plan.lanes;
-      block_pixels(shape, std::clamp<int64_t>(machine.caches.l1_bytes * 7 / 10 / bytes, 16, 1024), cls);
+      block_pixels(shape, block_budget(plan, cls, machine), cls);
       plan.classes.push_back(std::move(cls));
     }
   }
@@ -161,19 +224,33 @@ void plan_product(const WeightsMachine& machine, MaskedPlan& plan) {
   plan.channel_block = round_up(ceil_div(shape.c, pieces), unit);
 }
 
-void estimate(const Densities& densities, MaskedPlan& plan) {
+void estimate(const Densities& densities, const WeightsMachine& machine, MaskedPlan& plan) {
+  const ConvShape& shape = plan.shape;
   double dense = 0, product = 0, elements = 0;
   for (const MaskedClass& cls : plan.classes) {
-    const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
-    const double channels = static_cast<double>(plan.shape.c);
-    elements += pixels * channels;
+    const double pixels = static_cast<double>(shape.n * cls.rows.count * cls.columns.count);
+    const double channels = static_cast<double>(shape.c);
+    double fmas = 0;
     for (const MaskedStep& step : cls.steps) {
-      dense += pixels * channels * step.rows.taps * step.columns.taps * step.vectors;
-      product += static_cast<double>(cls.block_count()) * channels * kChannelCost;
+      fmas += pixels * channels * step.rows.taps * step.columns.taps * step.vectors;
+      if (!cls.points) product += static_cast<double>(cls.block_count()) * channels * kChannelCost;
+    }
+    dense += fmas;
+    elements += pixels * channels;
+    if (!cls.points) {
+      product += densities.lhs * kProductCost * fmas + kElementCost * pixels * channels;
+    } else if (cls.steps.empty()) {
+      product += kEmptyCost * pixels * channels;
+    } else {
+      product += pixels * point_cost(shape, static_cast<int64_t>(cls.steps.size()), cls.steps.front().vectors,
+                                     densities.lhs, machine);
     }
   }
-  plan.product_cost = densities.lhs * kProductCost * dense + product + kElementCost * elements;
-  plan.g_cost = dense * (kSkippingCost + (1 - kSkippingCost) * densities.g) + kZeroCost * elements;
+  plan.product_cost = product;
+  const bool one_tap = shape.r * shape.s == 1;
+  const double share =
+      one_tap ? kSkippingCost1x1 + kSkippingSlope1x1 * densities.g : kSkippingCost + kSkippingSlope * densities.g;
+  plan.g_cost = dense * std::min(kSkippingMost, share) + kZeroCost * elements;
   plan.dense_cost = dense + kZeroCost * elements;
 }
 
@@ -190,8 +267,8 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   }
   plan.lanes = machine.lanes;
   plan.stream = shape.c % plan.lanes == 0 && 4 * given.n * given.h * given.w * given.c > machine.caches.l3_bytes / 4;
-  plan_product(machine, plan);
-  estimate(densities, plan);
+  plan_product(densities.lhs, machine, plan);
+  estimate(densities, machine, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
   plan.product = mode != Mode::kDense && plan.product_cost < kMargin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
@@ -218,6 +295,7 @@ std::vector<std::pair<std::string, std::string>> describe_masked_plan(const Conv
   add("steps", std::to_string(cls.steps.size()));
   if (!cls.steps.empty()) {
     const MaskedStep& step = cls.steps.front();
+    if (cls.points) add("filter_block", std::to_string(cls.filter_block));
     add("step", std::to_string(step.rows.taps) + "x" + std::to_string(step.columns.taps) + "x" +
                     std::to_string(step.vectors * plan.lanes));
   }

@@ -10,6 +10,9 @@
 //                  wait in L2 between steps
 //   step           a rectangle of taps x a few vectors of features: what a product holds in registers; the block of g
 //                  stays in L1
+// A class that meets a single tap (1x1 kernels, and some classes of strided ones) exchanges the roles of g and the
+// kernel: an item's pixels are *points*, lists are of a point's channels, and a step goes by blocks of channels, whose
+// filters stay in L1. Nothing is transposed or copied. A class that meets no tap is the same without any step.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +36,8 @@ struct MaskedStep {
 struct MaskedClass {
   PixelAxis rows, columns;        // of x
   std::vector<MaskedStep> steps;  // none where no tap meets the class
+  bool points;
+  int64_t filter_block;  // of points: channels whose filters stay in L1
   int64_t block_images, block_rows, block_columns;
   int64_t pitch;       // positions between rows of a block; halos of neighbouring rows overlap where both are padding
   int64_t image_rows;  // rows of positions between images of a block

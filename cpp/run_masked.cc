@@ -1,5 +1,6 @@
 // Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm, plan_masked.h the blocking.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -43,7 +44,7 @@ class MaskedRun {
         const int64_t positions = position(cls, cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
                                            cls.block_columns + step.columns.taps - 1);
         g_positions_ = std::max(g_positions_, positions);
-        g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
+        if (!cls.points) g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
       }
       slots_ = std::max(slots_, round_up(cls.block_images * cls.block_rows * cls.block_columns, 64));
     }
@@ -80,7 +81,12 @@ class MaskedRun {
   void run(int64_t index) const {
     const Item item = item_of(index);
     const int64_t next = index + threads_;  // probably this thread's
-    run_item(item, next < items() ? item_of(next) : Item{item.cls, {}, 0, 0});
+    const Item ahead = next < items() ? item_of(next) : Item{item.cls, {}, 0, 0};
+    if (item.cls->points) {
+      run_points(item, ahead);
+    } else {
+      run_product(item, ahead);
+    }
   }
 
  private:
@@ -121,21 +127,22 @@ class MaskedRun {
     return ((n * s.h + y) * s.w + x) * s.c;
   }
 
-  void run_item(const Item& item, const Item& ahead) const {
+  void run_product(const Item& item, const Item& ahead) const {
     const MaskedClass& cls = *item.cls;
     const Block& block = item.block;
-    const int64_t channels = item.channels;
-    const int64_t zeros_size = std::max(channels, plan_.shape.k) + 64, words = slots_ / 64;
-    const int64_t lines = round_up(channels, 16);
+    const int64_t channels = item.channels, lines = round_up(channels, 16);
+    const int64_t zeros_size = plan_.shape.k + 64, words = slots_ / 64;
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<void*>(slots_) * 2 + Scratch::size<void*>(g_positions_) +
+    scratch.begin(Scratch::size<void*>(slots_) * 3 + Scratch::size<void*>(g_positions_) * 2 +
                   Scratch::size<uint16_t>(slots_) + Scratch::size<float>(zeros_size) +
                   Scratch::size<uint64_t>(lines * words) + Scratch::size<uint16_t>(lines * capacity_) +
                   Scratch::size<uint16_t>(lines + 16) + Scratch::size<float>(lines * capacity_) +
-                  Scratch::size<float>(g_floats_) + Scratch::size<float>(capacity_));
+                  Scratch::size<float>(g_floats_));
     const void** x_pixels = scratch.take<const void*>(slots_);
     void** pixels = scratch.take<void*>(slots_);
+    const void** ahead_x = scratch.take<const void*>(slots_);
     const void** g_pixels = scratch.take<const void*>(g_positions_);
+    const void** ahead_g = scratch.take<const void*>(g_positions_);
     uint16_t* positions = scratch.take<uint16_t>(slots_);
     float* zeros = scratch.take<float>(zeros_size);
     uint64_t* masks = scratch.take<uint64_t>(lines * words);
@@ -143,33 +150,41 @@ class MaskedRun {
     uint16_t* counts = scratch.take<uint16_t>(lines + 16);
     float* values = scratch.take<float>(lines * capacity_);
     float* g = scratch.take<float>(g_floats_);
-    float* unused = scratch.take<float>(capacity_);  // pack's values: only its masks are wanted
 
     const int capacity = static_cast<int>(capacity_), channel_count = static_cast<int>(channels);
     std::fill_n(zeros, zeros_size, 0.0f);
-    const int64_t slots = point_at_x(item, x_pixels);
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const int64_t row = slot / block.columns;
-      pixels[slot] = dlhs_.at(slot_pixel(item, row / block.rows, row % block.rows, slot % block.columns));
-      positions[slot] = static_cast<uint16_t>(position(cls, row / block.rows, row % block.rows, slot % block.columns));
+    const int64_t slots = point_at(x_, item, x_pixels);
+    point_at(dlhs_, item, pixels);
+    for (int64_t n = 0, slot = 0; n < block.images; ++n) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t first = position(cls, n, row, 0);
+        for (int64_t i = 0; i < block.columns; ++i) positions[slot++] = static_cast<uint16_t>(first + i);
+      }
     }
-    // Nothing is active in the rest of the slots, nor where no tap meets the class.
-    std::fill(x_pixels + (cls.steps.empty() ? 0 : slots), x_pixels + slots_, zeros);
-    std::fill(positions + slots, positions + slots_, uint16_t{0});
-    kernels_.weights.pack[dtype_]({x_pixels, static_cast<int>(slots_), channel_count, unused, 0, masks});
+    std::fill(x_pixels + slots, x_pixels + round_up(slots, 64), nullptr);
+    std::fill(positions + slots, positions + round_up(slots, 64), uint16_t{0});
     const MaskedKernels& table = kernels_.masked;
-    table.lists({masks, static_cast<int>(words), channel_count, positions, lists, capacity, counts});
-    // While a step computes, the g of the next one comes into L2, and a share of the next item's x.
-    const int64_t ahead_slots = point_at_x(ahead, x_pixels), steps = cls.steps.size();
+    const int used_words = static_cast<int>(ceil_div(slots, 64));
+    table.lists[dtype_]({x_pixels, used_words, channel_count, positions, masks, lists, capacity, counts});
+    const int64_t ahead_slots = point_at(x_, ahead, ahead_x), steps = static_cast<int64_t>(cls.steps.size());
+    int64_t g_count = 0;
     for (int64_t i = 0; i < steps; ++i) {
       const MaskedStep& step = cls.steps[i];
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
-      const int64_t count = point_at_g(cls, step, block, zeros, g_pixels);
-      kernels_.weights.copy[dtype_]({g_pixels, count, step.feature, step.features, g, width});
-      const WeightsPrefetch next_g = {g_pixels, i + 1 < steps ? count : 0, (step.feature + width) * g_.size(),
-                                      ceil_div(width * g_.size(), 64)};
+      // Steps differ in features first, then in taps.
+      if (step.feature == 0) g_count = point_at_g(step, block, cls.pitch, cls.image_rows, zeros, g_pixels);
+      kernels_.weights.copy[dtype_]({g_pixels, g_count, step.feature, step.features, g, width});
+      // While a step computes, the g of the next one comes into L2, or of the next item, and a share of the latter's x.
+      WeightsPrefetch next_g = {g_pixels, g_count, (step.feature + width) * g_.size(), ceil_div(width * g_.size(), 64)};
+      if (i + 1 == steps) {
+        next_g = {ahead_g, 0, 0, next_g.lines};
+        if (ahead_slots > 0 && !ahead.cls->steps.empty()) {
+          const MaskedClass& next = *ahead.cls;
+          next_g.count = point_at_g(next.steps.front(), ahead.block, next.pitch, next.image_rows, zeros, ahead_g);
+        }
+      }
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
-      const WeightsPrefetch next_x = {x_pixels + begin, end - begin, 0, ceil_div(ahead.channels * x_.size(), 64)};
+      const WeightsPrefetch next_x = {ahead_x + begin, end - begin, 0, ceil_div(ahead.channels * x_.size(), 64)};
       const float* filter = filter_ + step.filter + item.channel * step.rows.taps * step.columns.taps * width;
       table.product[step.rows.taps][step.columns.taps][choice]({lists,
                                                                 counts,
@@ -182,32 +197,98 @@ class MaskedRun {
                                                                 i == 0,
                                                                 {next_g, next_x}});
     }
-    table.store[index_of(dlhs_.dtype)]({masks, static_cast<int>(words), channel_count, values, capacity, pixels,
-                                        static_cast<int>(slots), stream_, counts});
+    table.store[index_of(dlhs_.dtype)](
+        {masks, used_words, channel_count, values, capacity, pixels, static_cast<int>(slots), stream_, counts});
   }
 
-  // Elements before the item's first channel of a pixel of its block.
-  int64_t slot_pixel(const Item& item, int64_t n, int64_t row, int64_t column) const {
+  // An item of a class that meets at most one tap.
+  void run_points(const Item& item, const Item& ahead) const {
+    const MaskedClass& cls = *item.cls;
     const Block& block = item.block;
-    return pixel(*item.cls, block.image + n, block.row + row, block.column + column) + item.channel;
+    const int64_t channels = item.channels, filter_block = std::min(cls.filter_block, round_up(channels, plan_.lanes));
+    const int64_t blocks = ceil_div(channels, filter_block), count = block.images * block.rows * block.columns;
+    const int64_t ahead_count = ahead.block.images * ahead.block.rows * ahead.block.columns;
+    const int64_t zeros_size = plan_.shape.k + 64, vectors = ceil_div(channels, plan_.lanes);
+    const int64_t pitch = round_up(count * filter_block, 64) + 32;
+    Scratch& scratch = Scratch::local();
+    scratch.begin(Scratch::size<void*>(count) * 3 + Scratch::size<void*>(ahead_count) * 2 +
+                  Scratch::size<float>(zeros_size) + Scratch::size<uint16_t>(filter_block + 16) +
+                  Scratch::size<uint16_t>(count * vectors) + Scratch::size<uint16_t>(blocks * pitch) +
+                  Scratch::size<int>(blocks * (count + 1)) + Scratch::size<float>(blocks * pitch));
+    const void** x_pixels = scratch.take<const void*>(count);
+    void** pixels = scratch.take<void*>(count);
+    const void** ahead_x = scratch.take<const void*>(ahead_count);
+    const void** ahead_g = scratch.take<const void*>(ahead_count);
+    const void** g_pixels = scratch.take<const void*>(count);
+    float* zeros = scratch.take<float>(zeros_size);
+    uint16_t* offsets = scratch.take<uint16_t>(filter_block + 16);
+    uint16_t* masks = scratch.take<uint16_t>(count * vectors);
+    uint16_t* lists = scratch.take<uint16_t>(blocks * pitch);
+    int* starts = scratch.take<int>(blocks * (count + 1));
+    float* values = scratch.take<float>(blocks * pitch);
+
+    point_at(x_, item, x_pixels);
+    point_at(dlhs_, item, pixels);
+    const int point_count = static_cast<int>(count), channel_count = static_cast<int>(channels);
+    const MaskedKernels& table = kernels_.masked;
+    if (!cls.steps.empty()) {
+      const MaskedStep& first = cls.steps.front();
+      const int64_t width = static_cast<int64_t>(first.vectors) * plan_.lanes;
+      for (int64_t c = 0; c < filter_block; ++c) offsets[c] = static_cast<uint16_t>(c * width / 2);
+      table.point_lists[dtype_](
+          {x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists, pitch, starts, masks});
+      std::fill_n(zeros, zeros_size, 0.0f);
+      point_at_g(first, block, block.columns, block.rows, zeros, g_pixels);
+      point_at(x_, ahead, ahead_x);
+    }
+    // While a block of channels meets a step, a share of the g of the next step comes into L2, or of the next item if
+    // it is of this class, and a share of the latter's x.
+    const bool same_class = ahead_count > 0 && ahead.cls == &cls;
+    if (same_class && !cls.steps.empty()) {
+      point_at_g(cls.steps.front(), ahead.block, ahead.block.columns, ahead.block.rows, zeros, ahead_g);
+    }
+    const int64_t steps = static_cast<int64_t>(cls.steps.size()), turns = steps * blocks;
+    for (int64_t i = 0; i < turns; ++i) {
+      const MaskedStep& step = cls.steps[i / blocks];
+      const int64_t b = i % blocks, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
+      const int64_t lines = ceil_div(width * g_.size(), 64), begin = lines * b / blocks, end = lines * (b + 1) / blocks;
+      WeightsPrefetch next_g = {g_pixels, count, (step.feature + width) * g_.size() + 64 * begin, end - begin};
+      if (i / blocks + 1 == steps) next_g = {ahead_g, same_class ? ahead_count : 0, 64 * begin, end - begin};
+      const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
+      const WeightsPrefetch next_x = {ahead_x + begin_x, end_x - begin_x, 0, ceil_div(ahead.channels * x_.size(), 64)};
+      table.point_product[dtype_][step.vectors]({lists + b * pitch,
+                                                 starts + b * (count + 1),
+                                                 point_count,
+                                                 g_pixels,
+                                                 step.feature,
+                                                 step.features,
+                                                 filter_ + step.filter + (item.channel + b * filter_block) * width,
+                                                 values + b * pitch,
+                                                 i < blocks,
+                                                 {next_g, next_x}});
+    }
+    table.point_store[index_of(dlhs_.dtype)]({steps > 0 ? masks : nullptr, values, pitch, starts, pixels, point_count,
+                                              channel_count, static_cast<int>(filter_block), stream_});
   }
 
-  // Channel 0 of the item's pixels of x, in the order of their slots; returns how many.
-  int64_t point_at_x(const Item& item, const void** pixels) const {
+  // Channel 0 of the item's pixels of x or dlhs, in the order of their slots; returns how many.
+  template <class View, class Pointer>
+  int64_t point_at(const View& tensor, const Item& item, Pointer* pixels) const {
     const Block& block = item.block;
-    const void** to = pixels;
+    Pointer* to = pixels;
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = 0; row < block.rows; ++row) {
         for (int64_t column = 0; column < block.columns; ++column) {
-          *to++ = x_.at(slot_pixel(item, n, row, column));
+          *to++ = tensor.at(pixel(*item.cls, block.image + n, block.row + row, block.column + column) + item.channel);
         }
       }
     }
     return to - pixels;
   }
 
-  // The pixels of g that a step's taps meet in a block, zeros where they meet padding.
-  int64_t point_at_g(const MaskedClass& cls, const MaskedStep& step, const Block& block, const float* zeros,
+  // The pixels of g that a step's taps meet in a block, zeros where they meet padding. `pitch` positions between rows,
+  // `image_rows` rows between images.
+  int64_t point_at_g(const MaskedStep& step, const Block& block, int64_t pitch, int64_t image_rows, const float* zeros,
                      const void** pixels) const {
     const ConvShape& s = plan_.shape;
     const TapAxis &rows = step.rows, &columns = step.columns;
@@ -217,12 +298,15 @@ class MaskedRun {
     const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
     const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
     const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
-    const int64_t count = position(cls, block.images - 1, want_rows - 1, want_columns);
+    const auto position = [&](int64_t n, int64_t row, int64_t column) {
+      return (n * image_rows + row) * pitch + column;
+    };
+    const int64_t count = position(block.images - 1, want_rows - 1, want_columns);
     std::fill_n(pixels, count, zeros);
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = begin_row; row < end_row; ++row) {
         const int64_t from = (((block.image + n) * s.oh + first_row + row) * s.ow + first) * s.k;
-        for (int64_t x = begin; x < end; ++x) pixels[position(cls, n, row, x)] = g_.at(from + x * s.k);
+        for (int64_t x = begin; x < end; ++x) pixels[position(n, row, x)] = g_.at(from + x * s.k);
       }
     }
     return count;
@@ -240,6 +324,20 @@ class MaskedRun {
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 
+// Where x is all zero, as a sample suggests, nothing is left but to write zeros. Returns whether it was.
+bool zero_where_all_zero(ConstTensor x, Tensor dlhs, int64_t size, Executor& executor) {
+  constexpr int64_t kChunk = 1 << 14;
+  const auto count_nonzero = kernels().weights.count_nonzero[index_of(x.dtype)];
+  std::atomic<bool> all_zero{true};
+  run_phases(executor, {{ceil_div(size, kChunk), [&](int64_t index) {
+                           const int64_t first = index * kChunk, count = std::min(kChunk, size - first);
+                           if (!all_zero.load(std::memory_order_relaxed)) return;
+                           if (count_nonzero(x.at(first), count) > 0) all_zero.store(false);
+                           std::memset(dlhs.at(first), 0, count * dlhs.size());
+                         }}});
+  return all_zero.load();
+}
+
 }  // namespace
 
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
@@ -250,6 +348,10 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
   if (mode != Mode::kDense) {
     densities.lhs = density(x, size);
     densities.g = density(g, shape.n * shape.oh * shape.ow * shape.k);
+  }
+  if (densities.lhs == 0 && zero_where_all_zero(x, dlhs, size, executor)) {
+    count("conv_bwd_input_masked/sparse");
+    return;
   }
   const MaskedPlan plan =
       plan_masked(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});

@@ -84,10 +84,26 @@ struct Avx2 {
     const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTables.compress[mask]));
     _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(v, lanes));
   }
-  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, const uint16_t* src) {
+  using U16 = __m128i;
+  static ST_INLINE U16 load_u16(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, U16 src) {
     const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kLaneTables.compress_u16[mask]));
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(v, bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(src, bytes));
+  }
+  static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
+    // Bytes of 32 masks each, whose sign bits are collected eight times.
+    const __m256i* from = reinterpret_cast<const __m256i*>(masks);
+    const auto bytes = [&](int half) ST_LAMBDA {
+      const __m256i a = _mm256_loadu_si256(from + 2 * half), b = _mm256_loadu_si256(from + 2 * half + 1);
+      return _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
+    };
+    __m256i low = bytes(0), high = bytes(1);
+    unroll<8>([&](auto i) ST_LAMBDA {
+      words[7 - i] = static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
+                     static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
+      low = _mm256_add_epi8(low, low);
+      high = _mm256_add_epi8(high, high);
+    });
   }
   static ST_INLINE Vec expand(uint32_t mask, const float* p) {
     const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTables.expand[mask]));

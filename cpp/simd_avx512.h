@@ -68,10 +68,26 @@ struct Avx512 {
   static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
   }
-  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, const uint16_t* src) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
-    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), wide);
+  using U16 = __m512i;
+  static ST_INLINE U16 load_u16(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, U16 src) {
+    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), src);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(packed));
+  }
+  static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
+    const __m512i a = _mm512_loadu_si512(masks), b = _mm512_loadu_si512(masks + 32);
+    const auto join = [](__m256i lo, __m256i hi)
+                          ST_LAMBDA { return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1); };
+    const __m512i low = join(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b));
+    const __m512i high =
+        join(_mm512_cvtepi16_epi8(_mm512_srli_epi16(a, 8)), _mm512_cvtepi16_epi8(_mm512_srli_epi16(b, 8)));
+    unroll<8>([&](auto i) ST_LAMBDA {
+      const __m512i bit = _mm512_set1_epi8(static_cast<char>(1 << i));
+      words[i] = _cvtmask64_u64(_mm512_test_epi8_mask(low, bit));
+      words[8 + i] = _cvtmask64_u64(_mm512_test_epi8_mask(high, bit));
+    });
   }
   static ST_INLINE Vec expand(uint32_t mask, const float* p) {
     return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p));

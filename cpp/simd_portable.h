@@ -8,7 +8,9 @@
 //   keep              the lanes named by mask, zero elsewhere
 //   add_sums          p[0..4) = (first ? 0 : p[0..4)) + the sums of the lanes of a, b, c, d
 //   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage
-//   compress_u16      the same for kLanes 16-bit integers read from src
+//   load_u16          kLanes 16-bit integers, as compress_u16 wants them
+//   compress_u16      compress for these
+//   transpose_bits    words[i] bit j = masks[j] bit i, i < kLanes, j < 64
 //   expand            p[0..popcount) to the lanes named by mask, zero elsewhere; kLanes floats are read
 //   transpose         r[i][j] <-> r[j][i]
 #pragma once
@@ -140,11 +142,26 @@ struct Portable {
       p += mask >> i & 1;
     }
   }
-  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, const uint16_t* src) {
+  struct U16 {
+    uint16_t v[kLanes];
+  };
+  static ST_INLINE U16 load_u16(const uint16_t* p) {
+    U16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, U16 src) {
     for (int i = 0; i < kLanes; ++i) {
-      *p = src[i];
+      *p = src.v[i];
       p += mask >> i & 1;
     }
+  }
+  static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
+    uint64_t w[kLanes] = {};
+    for (int j = 0; j < 64; ++j) {
+      for (int i = 0; i < kLanes; ++i) w[i] |= static_cast<uint64_t>(masks[j] >> i & 1) << j;
+    }
+    std::memcpy(words, w, sizeof w);
   }
   static ST_INLINE Vec expand(uint32_t mask, const float* p) {
     Vec v = zero();

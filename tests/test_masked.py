@@ -28,13 +28,17 @@ CASES = [
     same(Case(1, 9, 40, 8, 130, 1, 4)),
     Case(3, 9, 10, 80, 96, 1, 1),
     Case(1, 20, 20, 250, 15, 1, 1),
+    Case(1, 5, 7, 300, 200, 1, 1),  # several blocks of channels, the last step of features is narrow
+    Case(2, 20, 15, 40, 260, 1, 1, (1, 1), ((1, 0), (0, 2))),  # one tap, and padding
+    Case(1, 1, 1, 3, 2, 1, 1),
+    Case(3, 5, 5, 9, 17, 2, 2, (2, 2)),  # one tap for each class
     Case(1, 8, 9, 24, 24, 3, 3, (1, 1), ((4, 0), (0, 5))),  # more padding than the kernel reaches
     Case(1, 2, 2, 8, 8, 7, 7, (1, 1), ((3, 3), (3, 3))),
 ]
 
 
-def run(case: Case, g: Any, rhs: Any, x: Any, mode: str = "auto") -> np.ndarray:
-    spec = ConvSpec((case.h, case.w), (case.r, case.s), case.strides, case.padding, mode)
+def run(case: Case, g: Any, rhs: Any, x: Any, mode: str = "auto", result: str | None = None) -> np.ndarray:
+    spec = ConvSpec((case.h, case.w), (case.r, case.s), case.strides, case.padding, mode, result=result)
     return np.asarray(primitives.sparse_conv_bwd_input_masked(*map(jnp.asarray, (g, rhs, x)), spec=spec))
 
 
@@ -54,6 +58,24 @@ def test_small_integers_give_the_exact_gradient_where_x_is_active_and_zero_elsew
         want = np.where(x == 0, 0, COMPONENTS["bwd_input"](case, g, rhs)).astype(np.float32)
         for mode in MODES:
             np.testing.assert_array_equal(run(case, g, rhs, x, mode), want, err_msg=f"{zeros_of_g} {mode}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_narrow_operands_give_the_exact_gradient_rounded_once_or_not_at_all(case: Case, dtype: str, isa: str) -> None:
+    rng = seed("narrow", case)
+    g, rhs = (values(rng, shape, integers=True).astype(dtype) for shape in (case.out_shape, case.rhs_shape))
+    dense = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
+    for density in (0.0, 0.05, 0.3, 0.7):
+        x = values(rng, case.lhs_shape, 1 - density).astype(dtype)
+        want = np.where(x == 0, 0, dense)
+        for mode in ("sparse", "auto"):
+            got = run(case, g, rhs, x, mode)
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(got, want.astype(dtype), err_msg=f"{density} {mode}")
+            wide = run(case, g, rhs, x, mode, "float32")
+            assert wide.dtype == np.float32
+            np.testing.assert_array_equal(wide, want, err_msg=f"{density} {mode}")
 
 
 @pytest.mark.parametrize("density", DENSITIES)
@@ -78,6 +100,21 @@ def test_the_mask_of_every_single_pixel_and_channel_is_honoured(isa: str) -> Non
         x = np.zeros(case.lhs_shape, np.float32)
         x.flat[index] = -1  # active is what is not zero, whatever its sign
         np.testing.assert_array_equal(run(case, g, rhs, x, "sparse"), np.where(x == 0, 0, dense))
+
+
+def test_a_single_active_element_that_a_sample_of_x_overlooks_is_honoured(isa: str) -> None:
+    case = same(Case(5, 64, 64, 16, 4, 1, 1))
+    rng = seed("overlooked")
+    g, rhs = values(rng, case.out_shape, integers=True), values(rng, case.rhs_shape, integers=True)
+    dense = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
+    x = np.zeros(case.lhs_shape, np.float32)
+    for mode in MODES:
+        np.testing.assert_array_equal(run(case, g, rhs, x, mode), x)
+    for index in (0, x.size // 3, x.size - 1):
+        x[...] = 0
+        x.flat[index] = 1
+        for mode in MODES:
+            np.testing.assert_array_equal(run(case, g, rhs, x, mode), np.where(x == 0, 0, dense))
 
 
 def test_nan_in_x_is_active_and_negative_zero_is_not(isa: str) -> None:
