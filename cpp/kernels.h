@@ -102,10 +102,10 @@ constexpr bool walk_offered(int rows, int columns, int vectors, int registers) {
   return columns != 6 && columns >= rows - 1;
 }
 
-// Whether a walk reads lists of positions or walks the bits of masks, whose ends are mispredicted word by word but
-// which need no making: lists where an entry leads to many multiply-adds and a block has many words (few vectors, so
-// that many positions fit L1).
-constexpr bool walk_lists(int taps, int vectors) { return taps > 1 && vectors <= 2; }
+// Whether a walk reads lists of positions, or walks the bits of masks, whose ends are mispredicted word by word but
+// which need no making: lists where an entry leads to many multiply-adds, and where steps are narrow (so that many
+// positions fit L1). By taps alone: the order of a sum must not depend on how threads cut the features into steps.
+constexpr bool walk_lists(int taps) { return taps >= 4; }
 
 // Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
 struct WeightsPackArgs {
@@ -144,30 +144,40 @@ struct WeightsPanel {
   int out_features;                            // of vectors * lanes, how many exist in out
 };
 
-// Lists the positions of every channel's non-zeros; of channels in pairs, those of the first alone, of both, and of the
-// second alone, one list after the other.
+// Whether a walk has registers for `together` channels of `sums` vectors each: beside them, their values and one dense
+// vector.
+constexpr bool walk_together(int together, int sums, int registers) {
+  return together * sums + together + 1 <= registers;
+}
+
+// Lists the positions of every channel's non-zeros. Channels come `together`: for each set of them a list of the
+// positions where these and no others are non-zero. The lists follow each other in the order of a Gray code, 1, 3, 2
+// for two channels and 1, 3, 2, 6, 7, 5, 4 for three (bit i stands for channel i): of two channels, either one's
+// positions lie side by side.
 struct WeightsListArgs {
-  const uint64_t* masks;  // [channel][words]
+  const uint64_t* masks;  // [channel][words], zero for channels that complete the last set
   int words;              // 64 positions each
   int channels;
-  bool pairs;
+  int together;
   const uint16_t* positions;  // 0, 1, 2, ...: of all words
-  uint16_t* lists;            // [channel or pair][list_pitch]
+  uint16_t* lists;            // [channel / together][list_pitch]
   ptrdiff_t list_pitch;       // >= 64 * words + 16
-  uint16_t* counts;           // [channel], or [pair][3]
+  uint16_t* counts;           // [channel / together][2^together - 1]
 };
+constexpr int kMaxTogether = 3;
+constexpr int list_set(int index) { return (index + 1) ^ (index + 1) >> 1; }
 
 // For every non-zero of every channel: sums[channel][tap] += value * dense[position + tap].
 struct WeightsWalkArgs {
   const float* values;
   ptrdiff_t value_pitch;
-  const uint64_t* masks;  // [channel][words]; walks without lists read these
+  const uint64_t* masks;  // as in WeightsListArgs; walks without lists read these
   int words;
   const uint16_t* lists;  // as WeightsListArgs left them
   ptrdiff_t list_pitch;
   const uint16_t* counts;
   int channels;
-  bool pairs;          // two channels share the loads of the dense operand where both are non-zero
+  int together;        // channels that share the loads of the dense operand where they are non-zero; 3: lists only
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
   ptrdiff_t tap_row;   // positions between rows of taps
   WeightsPanel panel;

@@ -13,8 +13,8 @@
 //   value
 //          and one fused multiply-add with a memory operand per sum
 //
-// Loads bound the walk: one per multiply-add, plus one for the broadcast. *Pairs* break the bound: channels c and c+1
-// are walked together, and where both are non-zero each load serves two multiply-adds.
+// Loads bound the walk: one per multiply-add, plus one for the broadcast. Channels walked *together*, two or three,
+// break the bound: where several are non-zero each load serves as many multiply-adds.
 //
 // Where skipping does not pay, a *tile* of channels x features sits in registers instead and runs over all pixels, tap
 // by tap. It reads the same scratch and leaves the same sums.
@@ -91,7 +91,7 @@ struct Walk {
   static constexpr int kTaps = kRows * kColumns;
   static constexpr int kCount = kTaps * kVectors;
   static constexpr int kWidth = kVectors * Isa::kLanes;
-  static constexpr bool kPairs = 2 * kCount + 3 <= Isa::kRegisters;  // beside them: two values, one dense vector
+  static constexpr bool kPairs = walk_together(2, kCount, Isa::kRegisters);
 
   static ST_INLINE void load(const WeightsPanel& panel, int64_t channel, Vec (&acc)[kCount]) {
     const float* sums = panel.sums + channel * (kTaps * kWidth);
@@ -120,7 +120,7 @@ struct Walk {
     });
   }
 
-  static constexpr bool kLists = walk_lists(kTaps, kVectors);
+  static constexpr bool kLists = walk_lists(kTaps);
 
   template <class F>
   static ST_INLINE void for_bits(uint64_t mask, F&& f) {
@@ -131,88 +131,77 @@ struct Walk {
     for (const uint16_t* end = list + count; list != end; ++list) f(static_cast<size_t>(*list));
   }
 
-  static ST_INLINE void visit(size_t i, const float* values, const float* dense, ptrdiff_t row, Vec (&acc)[kCount]) {
-    const Vec x = Isa::broadcast(values + i);
-    each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
-  }
-  static ST_INLINE void visit_both(size_t i, const float* values_a, const float* values_b, const float* dense,
-                                   ptrdiff_t row, Vec (&acc_a)[kCount], Vec (&acc_b)[kCount]) {
-    const Vec x_a = Isa::broadcast(values_a + i), x_b = Isa::broadcast(values_b + i);
-    each(dense + i * kWidth, row, [&](auto t, Vec y) ST_LAMBDA {
-      acc_a[t] = Isa::fma(x_a, y, acc_a[t]);
-      acc_b[t] = Isa::fma(x_b, y, acc_b[t]);
+  // Adds the products of position i for the channels of a set.
+  template <int kSet, int kTogether>
+  static ST_INLINE void visit(const WeightsWalkArgs& args, size_t i, const float* values, const float* dense,
+                              Vec (&acc)[kTogether][kCount]) {
+    Vec x[kTogether];
+    unroll<kTogether>([&](auto j) ST_LAMBDA {
+      if constexpr ((kSet >> j & 1) != 0) x[j] = Isa::broadcast(values + j * args.value_pitch + i);
+    });
+    each(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
+      unroll<kTogether>([&](auto j) ST_LAMBDA {
+        if constexpr ((kSet >> j & 1) != 0) acc[j][t] = Isa::fma(x[j], y, acc[j][t]);
+      });
     });
   }
 
-  static ST_INLINE void channel(const WeightsWalkArgs& args, int64_t c, const uint16_t* list, int count) {
-    Vec acc[kCount];
-    load(args.panel, c, acc);
+  // kTogether channels from c on, of which `channels` exist. For one channel `counts` may be a sum of several.
+  template <int kTogether>
+  static ST_INLINE void walk(const WeightsWalkArgs& args, int c, int channels, const uint16_t* list,
+                             const uint16_t* counts) {
+    Vec acc[kTogether][kCount];
+    unroll<kTogether>([&](auto j) ST_LAMBDA { load(args.panel, c + j, acc[j]); });
     const float* values = args.values + c * args.value_pitch;
     const float* dense = args.dense;
-    const ptrdiff_t row = args.tap_row * kWidth;
     if constexpr (kLists) {
-      for_entries(list, count, [&](size_t i) ST_LAMBDA { visit(i, values, dense, row, acc); });
+      unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
+        for_entries(list, counts[index],
+                    [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values, dense, acc); });
+        list += counts[index];
+      });
     } else {
-      const uint64_t* masks = args.masks + c * args.words;
+      static_assert(kTogether <= 2, "sets of masks");
+      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + (kTogether - 1) * args.words;
       for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
-        for_bits(masks[w], [&](size_t i) ST_LAMBDA { visit(i, values, dense, row, acc); });
-      }
-    }
-    save(args.panel, c, acc);
-  }
-
-  static ST_INLINE void channel_pair(const WeightsWalkArgs& args, int64_t c, const uint16_t* list,
-                                     const uint16_t* counts) {
-    Vec acc_a[kCount], acc_b[kCount];
-    load(args.panel, c, acc_a);
-    load(args.panel, c + 1, acc_b);
-    const float* values_a = args.values + c * args.value_pitch;
-    const float* values_b = values_a + args.value_pitch;
-    const float* dense = args.dense;
-    const ptrdiff_t row = args.tap_row * kWidth;
-    const auto only_a = [&](size_t i) ST_LAMBDA { visit(i, values_a, dense, row, acc_a); };
-    const auto both = [&](size_t i) ST_LAMBDA { visit_both(i, values_a, values_b, dense, row, acc_a, acc_b); };
-    const auto only_b = [&](size_t i) ST_LAMBDA { visit(i, values_b, dense, row, acc_b); };
-    if constexpr (kLists) {
-      for_entries(list, counts[0], only_a);
-      for_entries(list + counts[0], counts[1], both);
-      for_entries(list + counts[0] + counts[1], counts[2], only_b);
-    } else {
-      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + args.words;
-      for (int w = 0; w < args.words; ++w) {
         const uint64_t a = masks_a[w], b = masks_b[w];
-        for_bits(a & ~b, only_a);
-        for_bits(a & b, both);
-        for_bits(b & ~a, only_b);
-        values_a += 64;
-        values_b += 64;
-        dense += 64 * kWidth;
+        if constexpr (kTogether == 1) {
+          for_bits(a, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values, dense, acc); });
+        } else {
+          for_bits(a & ~b, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values, dense, acc); });
+          for_bits(a & b, [&](size_t i) ST_LAMBDA { visit<3>(args, i, values, dense, acc); });
+          for_bits(b & ~a, [&](size_t i) ST_LAMBDA { visit<2>(args, i, values, dense, acc); });
+        }
       }
     }
-    save(args.panel, c, acc_a);
-    save(args.panel, c + 1, acc_b);
+    unroll<kTogether>([&](auto j) ST_LAMBDA {
+      if (j < channels) save(args.panel, c + j, acc[j]);
+    });
   }
 
   static void run(const WeightsWalkArgs& args) {
-    const int step = args.pairs ? 2 : 1;
-    const int64_t turns = (args.channels + step - 1) / step;
+    const int together = args.together, sets = (1 << together) - 1;
+    const int64_t turns = (args.channels + together - 1) / together;
     Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
     const uint16_t* list = args.lists;
     const uint16_t* counts = args.counts;
-    for (int c = 0; c < args.channels; c += step, list += args.list_pitch) {
+    for (int c = 0; c < args.channels; c += together, list += args.list_pitch, counts += sets) {
       next_dense.turn();
       next_checked.turn();
-      if (!args.pairs) {
-        channel(args, c, list, *counts++);
-        continue;
+      const int channels = args.channels - c < together ? args.channels - c : together;
+      if (together == 1) {
+        walk<1>(args, c, 1, list, counts);
+      } else if (together == 2) {
+        if constexpr (kPairs) {
+          walk<2>(args, c, channels, list, counts);
+        } else {  // one after the other
+          const uint16_t a = counts[0] + counts[1], b = counts[1] + counts[2];
+          walk<1>(args, c, 1, list, &a);
+          if (channels == 2) walk<1>(args, c + 1, 1, list + counts[0], &b);
+        }
+      } else {
+        if constexpr (kLists && walk_together(3, kCount, Isa::kRegisters)) walk<3>(args, c, channels, list, counts);
       }
-      if (kPairs && c + 1 < args.channels) {
-        if constexpr (kPairs) channel_pair(args, c, list, counts);
-      } else {  // the positions of either channel lie side by side
-        channel(args, c, list, counts[0] + counts[1]);
-        if (c + 1 < args.channels) channel(args, c + 1, list + counts[0], counts[1] + counts[2]);
-      }
-      counts += 3;
     }
   }
 };
@@ -356,37 +345,36 @@ struct Pack {
   }
 };
 
-template <class Isa>
+template <class Isa, int kTogether>
 void weights_list(const WeightsListArgs& args) {
   constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
-  const auto append = [&](uint64_t mask, const uint16_t* positions, uint16_t* list) ST_LAMBDA {
-    for (int i = 0; i < 64; i += Isa::kLanes) {
-      const uint32_t lanes = static_cast<uint32_t>(mask >> i) & kLaneBits;
-      Isa::compress_u16(list, lanes, Isa::load_u16(positions + i));
-      list += __builtin_popcount(lanes);
-    }
-    return list;
-  };
   const uint64_t* masks = args.masks;
-  const auto words = [&](uint16_t* list, uint16_t* count, auto&& mask) ST_LAMBDA {
-    uint16_t* end = list;
-    for (int w = 0; w < args.words; ++w)
-      end = append(mask(masks[w], masks[args.words + w]), args.positions + 64 * w, end);
-    *count = static_cast<uint16_t>(end - list);
-    return end;
-  };
-  uint16_t *list = args.lists, *counts = args.counts;
-  if (!args.pairs) {
-    for (int c = 0; c < args.channels; ++c, masks += args.words, list += args.list_pitch) {
-      words(list, counts++, [](uint64_t a, uint64_t) ST_LAMBDA { return a; });
-    }
-    return;
+  uint16_t *lists = args.lists, *counts = args.counts;
+  for (int c = 0; c < args.channels; c += kTogether, masks += kTogether * args.words, lists += args.list_pitch) {
+    uint16_t* list = lists;
+    unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
+      const uint16_t* begin = list;
+      for (int w = 0; w < args.words; ++w) {
+        uint64_t mask = ~uint64_t{0};
+        unroll<kTogether>([&](auto j) ST_LAMBDA {
+          mask &= (list_set(index) >> j & 1) != 0 ? masks[j * args.words + w] : ~masks[j * args.words + w];
+        });
+        for (int i = 0; i < 64; i += Isa::kLanes) {
+          const uint32_t lanes = static_cast<uint32_t>(mask >> i) & kLaneBits;
+          Isa::compress_u16(list, lanes, Isa::load_u16(args.positions + 64 * w + i));
+          list += __builtin_popcount(lanes);
+        }
+      }
+      *counts++ = static_cast<uint16_t>(list - begin);
+    });
   }
-  for (int c = 0; c < args.channels; c += 2, masks += 2 * args.words, list += args.list_pitch) {
-    uint16_t* end = words(list, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return a & ~b; });
-    end = words(end, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return a & b; });
-    words(end, counts++, [](uint64_t a, uint64_t b) ST_LAMBDA { return b & ~a; });
-  }
+}
+
+template <class Isa>
+void weights_list_together(const WeightsListArgs& args) {
+  if (args.together == 1) return weights_list<Isa, 1>(args);
+  if (args.together == 2) return weights_list<Isa, 2>(args);
+  weights_list<Isa, 3>(args);
 }
 
 template <class Isa, class T>
@@ -464,7 +452,7 @@ constexpr WeightsKernels weights_kernels() {
   offer_moves<Isa, float>(table);
   offer_moves<Isa, Bf16>(table);
   offer_moves<Isa, F16>(table);
-  table.list = weights_list<Isa>;
+  table.list = weights_list_together<Isa>;
   offer_walk<Isa, 1, 1, 0>(table);
   offer_tile<Isa, 0>(table);
   offer_tile<Isa, 1>(table);

@@ -13,7 +13,7 @@ constexpr double kProductCost = 1.22;  // a multiply-add of a product: bound by 
 constexpr double kElementCost = 4;     // listing an element of x and storing one of dlhs
 constexpr double kChannelCost = 110;   // of a product, per channel, block and step: its filter, the mispredicted end
 constexpr double kZeroCost = 1.3;      // zeroing as the result is written: reading x, per element
-constexpr double kMargin = 0.96;       // a product must promise this share of the other ways' cost: they are surer
+constexpr double kMargin = 0.85;       // a product must promise this share of the other ways' cost: they are surer
 constexpr double kEmptyCost = 1;       // writing zeros where no tap meets a class, per element
 // Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;

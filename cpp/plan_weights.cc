@@ -18,6 +18,8 @@ constexpr double kVisitCost = 1;   // a visit of a walk: the mask and the broadc
 constexpr double kWalkCost = 1.2;  // a multiply-add of a walk: mask, broadcast and load come with it
 constexpr double kTileCost = 1.12;
 constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
+constexpr double kThreesDensity = 0.4;   // above: three channels instead of two, whose lists end seven times
+constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
 constexpr double kSerialCost = 150'000;  // below: a helper thread takes longer to start than the call
@@ -78,12 +80,13 @@ int widest_step(int rows, int columns, int64_t features, const WeightsMachine& m
     if (v > 1 && (v / 2) * machine.lanes >= features) break;
     if (!walk_offered(rows, columns, v, machine.registers)) continue;
     widest = v;
-    if (2 * rows * columns * v + 3 <= machine.registers) paired = v;
+    if (walk_together(2, rows * columns * v, machine.registers)) paired = v;
   }
   return paired * rows * columns >= 6 ? paired : widest;
 }
 
-void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, int64_t features,
+// Taps that walk single channels only are cut once more where pairs are worth it.
+void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double density, int64_t features,
                 const WeightsMachine& machine, std::vector<TapGroup>& groups) {
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
@@ -97,6 +100,9 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, int64_
   for (const TapAxis& part : cut(columns, column_pieces)) {
     int max_rows = kMaxTapRows;
     while (!walk_offered(max_rows, part.taps, 1, machine.registers)) --max_rows;
+    if (density > kCutDensity && machine.registers >= 32) {
+      while (max_rows > 1 && !walk_together(2, max_rows * part.taps, machine.registers)) --max_rows;
+    }
     for (const TapAxis& row_part : cut(rows, static_cast<int>(ceil_div(rows.taps, max_rows)))) {
       groups.push_back({row_part, part, widest_step(row_part.taps, part.taps, features, machine)});
     }
@@ -193,7 +199,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
       cls.columns = column.pixels;
       for (const TapAxis& row_taps : row.taps) {
         for (const TapAxis& column_taps : column.taps) {
-          add_groups(row_taps, column_taps, sparse, plan.features, machine, cls.groups);
+          add_groups(row_taps, column_taps, sparse, density, plan.features, machine, cls.groups);
         }
       }
       block_pixels(plan, machine, cls);
@@ -201,10 +207,15 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
     }
   }
   int taps = 1;
+  bool threes = plan.channels >= 12 * plan.lanes;  // cuts are coarser then
   for (const PixelClass& cls : plan.classes) {
-    for (const TapGroup& group : cls.groups) taps = std::max(taps, group.rows.taps * group.columns.taps);
+    for (const TapGroup& group : cls.groups) {
+      const int group_taps = group.rows.taps * group.columns.taps;
+      taps = std::max(taps, group_taps);
+      threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
+    }
   }
-  plan.pairs = sparse && density * taps > kPairDensity;
+  plan.together = !sparse || density * taps <= kPairDensity ? 1 : threes && density > kThreesDensity ? 3 : 2;
   return plan;
 }
 
@@ -224,7 +235,9 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
     pixels = std::max(pixels, plan.shape.n * cls.rows.count * cls.columns.count);
     all_taps += class_taps;
   }
-  const int64_t unit = plan.sparse ? plan.lanes : 24;  // 24: whole tiles for every choice of vectors
+  // 24: whole tiles for every choice of vectors. Channels walked together stay together however threads cut the work,
+  // because the order of their sums depends on it.
+  const int64_t unit = !plan.sparse ? 24 : plan.together == 3 ? 3 * plan.lanes : plan.lanes;
   const int64_t width = widest * plan.lanes;
   const int64_t most_channels = std::max(unit, machine.caches.l2_bytes / 3 / (4 * positions) / unit * unit);
   plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
@@ -317,7 +330,7 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("path", plan.sparse ? "sparse" : "dense");
   add("checked", plan.lhs_checked ? "lhs" : "g");
   add("folded_columns", std::to_string(plan.fold.taps));
-  add("pairs", plan.pairs ? "yes" : "no");
+  add("together", std::to_string(plan.together));
   add("channel_block", std::to_string(plan.channel_block));
   add("feature_block", std::to_string(plan.feature_block));
   add("chunks", std::to_string(plan.chunks));

@@ -78,9 +78,9 @@ struct WeightsPlan {
   ConvShape shape;  // as computed: 1x1 kernels at stride 1 without padding are one long row of pixels; or folded
   Fold fold;
   bool lhs_checked;
-  bool sparse;  // walks; else tiles
-  bool pairs;   // channels are walked in pairs
-  bool serial;  // too small for threads
+  bool sparse;   // walks; else tiles
+  int together;  // channels of a walk that share loads of the dense operand
+  bool serial;   // too small for threads
   int lanes;
   int64_t channels, features;  // of the checked and the dense operand
   std::vector<PixelClass> classes;

@@ -228,7 +228,7 @@ class WeightsRun {
     scratch.begin(2 * Scratch::size<void*>(positions_) + 2 * Scratch::size<void*>(dense_positions_) +
                   2 * Scratch::size<char>(checked_windows_) + 2 * Scratch::size<char>(dense_windows_) +
                   Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
-                  Scratch::size<uint16_t>(lines * list_pitch()) + Scratch::size<uint16_t>(2 * lines) +
+                  Scratch::size<uint16_t>(lines * list_pitch()) + Scratch::size<uint16_t>(3 * lines) +
                   Scratch::size<uint16_t>(positions_) + Scratch::size<float>(copy_floats_) +
                   Scratch::size<float>(panel_floats_));
     ItemScratch s;
@@ -242,7 +242,7 @@ class WeightsRun {
     s.values = scratch.take<float>(values);
     s.masks = scratch.take<uint64_t>(lines * words);
     s.lists = scratch.take<uint16_t>(lines * list_pitch());
-    s.counts = scratch.take<uint16_t>(2 * lines);
+    s.counts = scratch.take<uint16_t>(3 * lines);
     uint16_t* positions = scratch.take<uint16_t>(positions_);
     for (int64_t i = 0; i < positions_; ++i) positions[i] = static_cast<uint16_t>(i);
     s.positions = positions;
@@ -258,10 +258,8 @@ class WeightsRun {
     int64_t steps = 0, unused = 0;
     bool lists = false;
     for (const TapGroup& group : cls.groups) {
-      for_steps(plan_, group, item, unused, [&](int64_t, int, int vectors, int64_t) {
-        ++steps;
-        lists = lists || walk_lists(group.rows.taps * group.columns.taps, vectors);
-      });
+      lists = lists || walk_lists(group.rows.taps * group.columns.taps);
+      for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
     }
     point_at_checked(cls, begin, item, scratch, scratch.checked[0]);
     point_at_dense(cls, cls.groups[0], begin, scratch, scratch.dense[0]);
@@ -313,7 +311,7 @@ class WeightsRun {
                                                                       list_pitch(),
                                                                       scratch.counts,
                                                                       channels,
-                                                                      plan_.pairs,
+                                                                      plan_.together,
                                                                       scratch.copy,
                                                                       cls.pitch,
                                                                       panel,
@@ -400,9 +398,9 @@ class WeightsRun {
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
     const int64_t nonzeros =
         table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});
+    std::fill_n(scratch.masks + channels * words, (kMaxTogether - 1) * words, 0);  // completes the last set
     if (lists) {
-      if (channels % 2 != 0) std::fill_n(scratch.masks + channels * words, words, 0);  // completes the last pair
-      table_.list({scratch.masks, words, channels, plan_.pairs, scratch.positions, scratch.lists, list_pitch(),
+      table_.list({scratch.masks, words, channels, plan_.together, scratch.positions, scratch.lists, list_pitch(),
                    scratch.counts});
     }
     return nonzeros;
