@@ -17,9 +17,9 @@
 //   pixel block    images x rows x columns of a class: packed once per item; sums wait in a panel between blocks
 //   group, step    taps x vectors of features in registers: the dense block of a step stays in L1
 //
-// Scratch: per thread a panel of at most 4 L2 (it streams), a packed block of about a third of L2 and a dense block of
-// less than L1; per call the sums of all chunks, at most 4 L2. (A kernel or image row that is itself larger than these
-// may exceed them.)
+// Scratch: per thread a panel of at most 4 L2 (it streams), a packed block of about a third of L2 with lists of
+// positions half as large, and a dense block of less than L1; per call the sums of all chunks, at most 4 L2. (A kernel
+// or image row that is itself larger than these may exceed them.)
 #pragma once
 
 #include <cstdint>
