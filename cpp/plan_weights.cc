@@ -10,12 +10,12 @@ namespace sparsetrain {
 namespace {
 
 // Costs in multiply-adds of a vector, measured relative to a tile's.
-constexpr double kPackCost = 8;    // transposing a vector of the checked operand, finding its zeros
-constexpr double kGroupCost = 4;   // copying a pixel's channels of one tile
-constexpr double kCopyCost = 5;    // copying a vector of the dense operand
-constexpr double kEndCost = 12;    // a mask word's mispredicted end, partly hidden
-constexpr double kVisitCost = 1;   // a visit of a walk: the mask and the broadcast
-constexpr double kWalkCost = 1.2;  // a multiply-add of a walk: mask, broadcast and load come with it
+constexpr double kPackCost = 8;          // transposing a vector of the checked operand, finding its zeros
+constexpr double kGroupCost = 4;         // copying a pixel's channels of one tile
+constexpr double kCopyCost = 5;          // copying a vector of the dense operand
+constexpr double kEndCost = 12;          // a mask word's mispredicted end, partly hidden
+constexpr double kWalkCost = 1.2;        // a multiply-add of a walk: mask, broadcast and load come with it
+constexpr double kOneTapWalkCost = 1.3;  // the same where a visit is a few of them
 constexpr double kTileCost = 1.12;
 constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
@@ -166,9 +166,9 @@ double estimate(const WeightsPlan& plan, double density, int registers) {
       const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
       const double tap_vectors = static_cast<double>(taps * vectors);
       if (plan.sparse) {
-        cost +=
-            pixels * plan.channels *
-            (density * kWalkCost * tap_vectors + kEndCost / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
+        const double walk = taps == 1 ? kOneTapWalkCost : kWalkCost;
+        cost += pixels * plan.channels *
+                (density * walk * tap_vectors + kEndCost / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
       } else {
         const int64_t tile = tile_channels(group.vectors, registers), tiles = ceil_div(plan.channels, tile);
         cost += pixels * tiles * (tile * kTileCost * tap_vectors + kGroupCost);
