@@ -155,8 +155,8 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
 }
 
 // The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block. In
-// the time of a multiply-add of a vector; measured. Where there is one multiply-add a cycle, loads and mispredicted
-// ends of lists hide behind it.
+// the time of a multiply-add of a vector; measured where there are two of these a cycle. Where there is one, loads and
+// mispredicted ends of lists should hide behind it: those figures are estimates.
 float dense_density(const Machine& machine, const Kernels& kernels, int taps, const DataPlan& plan) {
   const bool hidden = kernels.lanes == 16 && machine.fmas == 1;
   const double load = hidden ? 1 : 1.27;   // a multiply-add that loads its filter vector
