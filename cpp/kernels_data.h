@@ -178,7 +178,6 @@ struct Sweep {
     const int inner_begin = -a.first > 0 ? -a.first : 0;
     const int inner_end = a.columns - kTaps - a.first < a.pixels - 1 ? a.columns - kTaps - a.first : a.pixels - 1;
     const float* pixel0 = a.values + begin * a.value_pitch;
-    const float* tile = a.tile + static_cast<ptrdiff_t>(a.first + begin + kTaps - 1) * kFeatures;
     ptrdiff_t out = (a.first + begin) * a.out_pitch;
     for (int x = begin; a.first + x < a.columns; x += 2) {
       const int column = a.first + x;
@@ -189,6 +188,7 @@ struct Sweep {
         mask0 = a.masks[x];
         mask1 = a.masks[x + 1];
         if (a.tile != nullptr) {
+          const float* tile = a.tile + static_cast<ptrdiff_t>(column + kTaps - 1) * kFeatures;
           Columns::load(tile, sums[kTaps - 1]);
           Columns::load(tile + kFeatures, sums[kTaps]);
         } else {
@@ -201,7 +201,6 @@ struct Sweep {
         Columns::load_if_inside(a, column + kTaps - 1, sums[kTaps - 1]);
         Columns::load_if_inside(a, column + kTaps, sums[kTaps]);
       }
-      tile += 2 * kFeatures;
       if constexpr (kTaps == 1) {
         for (int i = 0; i < a.value_lines; ++i) {
           __builtin_prefetch(pixel1 + a.value_pitch + 16 * i, 0, 3);
@@ -305,52 +304,39 @@ struct DenseSweep {
   }
 };
 
-template <class Isa, class T>
-void copy_blocks(const ScanArgs& a) {
+template <class Isa, class T, bool kMasks, bool kCopy>
+int64_t scan_rows(const ScanArgs& a) {
+  int64_t count = 0;
   for (int x = 0; x < a.pixels; ++x) {
     const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;
-    float* copy = a.copy + static_cast<ptrdiff_t>(x) * a.block;
-    for (int c0 = 0; c0 < a.channels; c0 += a.block, copy += a.copy_pitch) {
+    uint64_t* masks = kMasks ? a.masks + x : nullptr;
+    float* copy = kCopy ? a.copy + static_cast<ptrdiff_t>(x) * a.block : nullptr;
+    for (int c0 = 0; c0 < a.channels; c0 += a.block) {
       const int channels = a.channels - c0 < a.block ? a.channels - c0 : a.block;
+      uint64_t mask = 0;
+      const auto take = [&](int c, typename Isa::Vec v) ST_LAMBDA {
+        if constexpr (kMasks) mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
+        if constexpr (kCopy) Isa::store(copy + c, v);
+      };
       int c = 0;
-      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) Isa::store(copy + c, Isa::load(pixel + c0 + c));
-      if (c < channels) Isa::store(copy + c, Isa::load_n(pixel + c0 + c, channels - c));
+      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) take(c, Isa::load(pixel + c0 + c));
+      if (c < channels) take(c, Isa::load_n(pixel + c0 + c, channels - c));
+      if constexpr (kMasks) {
+        *masks = mask;
+        masks += a.mask_pitch;
+        count += __builtin_popcountll(mask);
+      }
+      if constexpr (kCopy) copy += a.copy_pitch;
     }
   }
+  return count;
 }
 
 template <class Isa, class T>
 int64_t scan(const ScanArgs& args) {
   const ScanArgs a = args;
-  if (a.masks == nullptr) {
-    copy_blocks<Isa, T>(a);
-    return 0;
-  }
-  int64_t count = 0;
-  for (int x = 0; x < a.pixels; ++x) {
-    const T* pixel = static_cast<const T*>(a.values) + x * a.value_pitch;
-    uint64_t* masks = a.masks + x;
-    float* copy = a.copy != nullptr ? a.copy + static_cast<ptrdiff_t>(x) * a.block : nullptr;
-    for (int c0 = 0; c0 < a.channels; c0 += a.block, masks += a.mask_pitch) {
-      const int channels = a.channels - c0 < a.block ? a.channels - c0 : a.block;
-      uint64_t mask = 0;
-      int c = 0;
-      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) {
-        const typename Isa::Vec v = Isa::load(pixel + c0 + c);
-        mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
-        if (copy != nullptr) Isa::store(copy + c, v);
-      }
-      if (c < channels) {
-        const typename Isa::Vec v = Isa::load_n(pixel + c0 + c, channels - c);
-        mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
-        if (copy != nullptr) Isa::store(copy + c, v);
-      }
-      *masks = mask;
-      count += __builtin_popcountll(mask);
-      if (copy != nullptr) copy += a.copy_pitch;
-    }
-  }
-  return count;
+  if (a.masks == nullptr) return scan_rows<Isa, T, false, true>(a);
+  return a.copy != nullptr ? scan_rows<Isa, T, true, true>(a) : scan_rows<Isa, T, true, false>(a);
 }
 
 template <class Isa, class T>

@@ -1,6 +1,7 @@
 #include "plan_data.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace sparsetrain {
 namespace {
@@ -90,20 +91,20 @@ int64_t channels_in_block(const Machine& machine, int lanes, int taps, int vecto
   return ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes;  // even blocks
 }
 
-// What a pixel costs in the sweeps of one feature block of `vectors`, per input channel.
-double pixel_cost(const Machine& machine, const Kernels& kernels, int taps, int vectors, bool dense, int64_t channels) {
+// What a pixel costs in the walks of one feature block, per input channel, in loads. For each non-zero: the filter and
+// a broadcast. For each channel block: the sums, in and out. Wide blocks save broadcasts and passes over the input, and
+// cost sums, because the channel block shrinks for them.
+double walk_cost(int taps, int vectors, int64_t channel_block) {
+  constexpr double kTypicalDensity = 0.3;
+  return kTypicalDensity * (taps * vectors + 1) + 2.0 * vectors / static_cast<double>(channel_block);
+}
+
+// The same of dense sweeps, in multiply-adds, measured: more than a load for three of them is felt, and so are the sums
+// and the pass over the input.
+double dense_cost(const Kernels& kernels, int taps, int vectors, int64_t channel_block) {
   const int work = taps * vectors;
-  const double block = static_cast<double>(channels_in_block(machine, kernels.lanes, taps, vectors, channels));
-  if (!dense) {
-    // In loads. For each non-zero: the filter and a broadcast. For each channel block: the sums, in and out. Wide
-    // blocks save broadcasts and passes over the input, and cost sums, because the channel block shrinks for them.
-    constexpr double kTypicalDensity = 0.3;
-    return kTypicalDensity * (work + 1) + 2 * vectors / block;
-  }
-  // In multiply-adds, measured: more than a load for three of them is felt, and so are the sums and the pass over the
-  // input.
   const double loads = 1.0 / kernels.data.dense_pixels[taps][vectors] + 1.0 / work;
-  return work * (1 + 0.58 * std::max(0.0, loads - 0.35)) + 7.7 * vectors / block + 0.3;
+  return work * (1 + 0.58 * std::max(0.0, loads - 0.35)) + 7.7 * vectors / static_cast<double>(channel_block) + 0.3;
 }
 
 // Feature vectors of a block. Unused lanes of the last block count like any others.
@@ -118,7 +119,8 @@ void choose_vectors(const Machine& machine, const Kernels& kernels, int taps, bo
     while (!offered(kernels, taps, last)) ++last;
     if (blocks == 1 && last != v) continue;
     const auto cost_of = [&](int vectors) {
-      return pixel_cost(machine, kernels, taps, vectors, dense, plan->channels);
+      const int64_t block = channels_in_block(machine, kernels.lanes, taps, vectors, plan->channels);
+      return dense ? dense_cost(kernels, taps, vectors, block) : walk_cost(taps, vectors, block);
     };
     const double cost = static_cast<double>(blocks - 1) * cost_of(v) + cost_of(last);
     if (plan->vectors == 0 || cost < best_cost) {
@@ -173,12 +175,11 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const double both = 2 * work * pair + visit / 2, single = work * load + visit,
                target = 2 * work * dense * n - ends - scan;
   if (target <= 0) return 0;
-  double low = 0, high = 1;
-  for (int i = 0; i < 20; ++i) {
-    const double d = (low + high) / 2;
-    (n * (d * d * both + 2 * d * (1 - d) * single) < target ? low : high) = d;
-  }
-  return static_cast<float>(low);
+  // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
+  // coefficient are safe; there is none where walking all channels is cheaper than the dense sweep.
+  const double square = 2 * single - both, root = single * single - square * target / n;
+  if (root < 0 || n * both <= target) return 1;
+  return static_cast<float>(target / n / (single + std::sqrt(root)));
 }
 
 }  // namespace

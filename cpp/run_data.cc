@@ -448,12 +448,11 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   if (call.stream) call.kernels.data.stream_fence();
 }
 
-void conv_data(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, ConstTensor rhs, ConstTensor keep,
-               Tensor result, Executor& executor) {
+// `density` is that of the input; forced modes know better.
+void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, ConstTensor input, ConstTensor rhs,
+               ConstTensor keep, Tensor result, Executor& executor) {
   const Kernels& k = kernels();
-  const int64_t elements =
-      op == DataOp::kFwd ? shape.n * shape.h * shape.w * shape.c : shape.n * shape.oh * shape.ow * shape.k;
-  const double expected = mode == Mode::kDense ? 1 : mode == Mode::kSparse ? 0 : density(input, elements);
+  const double expected = mode == Mode::kDense ? 1 : mode == Mode::kSparse ? 0 : density;
   const DataPlan plan = plan_data(op, shape, input.dtype, expected, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
@@ -500,17 +499,19 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, 
 }  // namespace
 
 void conv_fwd(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor rhs, Tensor out, Executor& executor) {
-  conv_data(DataOp::kFwd, shape, mode, lhs, rhs, {nullptr, lhs.dtype}, out, executor);
+  const double sample = density(lhs, shape.n * shape.h * shape.w * shape.c);
+  conv_data(DataOp::kFwd, shape, mode, sample, lhs, rhs, {nullptr, lhs.dtype}, out, executor);
 }
 
 void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, Tensor dlhs,
                     Executor& executor) {
-  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, {nullptr, g.dtype}, dlhs, executor);
+  const double sample = density(g, shape.n * shape.oh * shape.ow * shape.k);
+  conv_data(DataOp::kBwdInput, shape, mode, sample, g, rhs, {nullptr, g.dtype}, dlhs, executor);
 }
 
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
-                          Executor& executor) {
-  conv_data(DataOp::kBwdInput, shape, mode, g, rhs, x, dlhs, executor);
+void conv_bwd_input_where(const ConvShape& shape, Mode mode, double density, ConstTensor g, ConstTensor rhs,
+                          ConstTensor x, Tensor dlhs, Executor& executor) {
+  conv_data(DataOp::kBwdInput, shape, mode, density, g, rhs, x, dlhs, executor);
 }
 
 }  // namespace sparsetrain

@@ -5,7 +5,8 @@
 
 namespace sparsetrain {
 
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
-                          Executor& executor);
+// `density` is that of g, as a sample says.
+void conv_bwd_input_where(const ConvShape& shape, Mode mode, double density, ConstTensor g, ConstTensor rhs,
+                          ConstTensor x, Tensor dlhs, Executor& executor);
 
 }  // namespace sparsetrain

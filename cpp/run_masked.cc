@@ -358,7 +358,7 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
   count(plan.sparse ? "conv_bwd_input_masked/sparse" : "conv_bwd_input_masked/dense");
   if (!plan.product) {
     // In auto it may still skip, tile by tile.
-    conv_bwd_input_where(shape, mode, g, rhs, x, dlhs, executor);
+    conv_bwd_input_where(shape, mode, densities.g, g, rhs, x, dlhs, executor);
     return;
   }
   SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
