@@ -32,6 +32,10 @@ struct ConvShape {
   int64_t oh, ow;              // output image
   int64_t stride_h, stride_w;  // >= 1
   int64_t pad_top, pad_left;   // >= 0; bottom and right padding follow from oh, ow
+
+  int64_t lhs_size() const { return n * h * w * c; }
+  int64_t rhs_size() const { return r * s * c * k; }
+  int64_t out_size() const { return n * oh * ow * k; }
 };
 
 enum class Mode : int64_t {

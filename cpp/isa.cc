@@ -138,22 +138,6 @@ double measure_peak(double seconds) {
   return rates[rates.size() / 2];
 }
 
-double density(ConstTensor values, int64_t count) {
-  constexpr int64_t kRun = 64, kRuns = 512;
-  const auto count_nonzero = kernels().weights.count_nonzero[index_of(values.dtype)];
-  if (count <= 4 * kRun * kRuns) {
-    return static_cast<double>(count_nonzero(values.data, count)) / static_cast<double>(count);
-  }
-  int64_t nonzeros = 0;
-  for (int64_t i = 0; i < kRuns; ++i) {
-    const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
-    const int64_t slot = count / kRuns;
-    const int64_t at = i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24);
-    nonzeros += count_nonzero(values.at(at), kRun);
-  }
-  return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
-}
-
 void count(const char* path) {
   for (size_t i = 0; i < kPathCount; ++i) {
     if (std::strcmp(path, kPaths[i]) == 0) {

@@ -25,10 +25,6 @@ const Machine& machine();
 // GF/s of one thread that does nothing but multiply-adds in registers: the median of short bursts over `seconds`.
 double measure_peak(double seconds);
 
-// Fraction of non-zeros of count > 0 values. Large tensors are sampled, by size alone: short runs at places that a
-// multiplicative hash spreads, so that no period of channels or rows is favoured.
-double density(ConstTensor values, int64_t count);
-
 // How often each path ran, for tests and explain: "conv_fwd/sparse", ... FWD and BWI count tiles, BWW counts calls.
 // `path` must be one of the names in isa.cc.
 void count(const char* path);

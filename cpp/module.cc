@@ -37,9 +37,9 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   }
   std::vector<std::pair<std::string, std::string>> pairs;
   if (component == "fwd") {
-    pairs = describe(plan_data(DataOp::kFwd, shape, DType::kF32, density, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kFwd, shape, Mode::kAuto, DType::kF32, density, machine(), kernels()));
   } else if (component == "bwd_input") {
-    pairs = describe(plan_data(DataOp::kBwdInput, shape, DType::kF32, density, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kBwdInput, shape, Mode::kAuto, DType::kF32, density, machine(), kernels()));
   } else if (component == "bwd_weights") {
     const Kernels& k = kernels();
     pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine(), k.lanes, k.registers, 1});

@@ -81,61 +81,89 @@ bool offered(const Kernels& kernels, int taps, int vectors) {
   return true;
 }
 
-// Bytes of a filter block: it shares L1 with the sums and pixels that pass by.
-int64_t filter_bytes(const Machine& machine) { return machine.l1_bytes * 3 / 4; }
+// What a sweep spends its time on, in the time of a multiply-add of a vector between registers.
+struct Costs {
+  double load;   // a multiply-add that loads its filter vector
+  double pair;   // one of two that share the load
+  double dense;  // one of several
+  double visit;  // finding a channel, its broadcast
+  double ends;   // of a pair of pixels: its three lists
+  double sums;   // moving a vector of sums of a pixel in and out
+};
 
-int64_t channels_in_block(const Machine& machine, int lanes, int taps, int vectors, int64_t channels) {
-  const int64_t fits = filter_bytes(machine) / (4 * taps * vectors * lanes);
+// Measured where there are two of these a cycle. Where there is one, loads, sums and mispredicted ends of lists should
+// hide behind it: those figures are estimates.
+Costs costs_of(const Machine& machine, const Kernels& kernels) {
+  if (kernels.lanes == 16 && machine.fmas == 1) return {1, 1, 1, 0.5, 15, 3};
+  return {1.27, 1.18, 1.09, 2, 70, 7.7};
+}
+
+// Channels of a filter block of at most this many bytes.
+int channels_in_block(int64_t bytes, int lanes, int taps, int vectors, int64_t channels) {
+  const int64_t fits = bytes / (4 * taps * vectors * lanes);
   const int64_t most = std::min<int64_t>(kMaxBlock, ceil_div(channels, lanes) * lanes);
   const int64_t block = std::clamp<int64_t>(fits / lanes * lanes, lanes, most);
-  return ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes;  // even blocks
+  return static_cast<int>(ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes);  // even blocks
 }
 
-// What a pixel costs in the walks of one feature block, per input channel, in loads. For each non-zero: the filter and
-// a broadcast. For each channel block: the sums, in and out. Wide blocks save broadcasts and passes over the input, and
-// cost sums, because the channel block shrinks for them.
-double walk_cost(int taps, int vectors, int64_t channel_block) {
-  constexpr double kTypicalDensity = 0.3;
-  return kTypicalDensity * (taps * vectors + 1) + 2.0 * vectors / static_cast<double>(channel_block);
+// A way to cut features and channels into filter blocks, and what a pixel and channel cost with it.
+struct Blocking {
+  int vectors, last_vectors;
+  int64_t blocks;
+  int channel_block;
+  double cost;
+};
+
+// Of sweeps that visit a share `density` of the channels, one by one.
+double walk_cost(const Costs& costs, double density, double load, int taps, int vectors, int channel_block) {
+  return density * (taps * vectors * load + costs.visit) + (costs.sums * vectors + costs.ends / 2) / channel_block;
 }
 
-// The same of dense sweeps, in multiply-adds, measured: more than a load for three of them is felt, and so are the sums
-// and the pass over the input.
-double dense_cost(const Kernels& kernels, int taps, int vectors, int64_t channel_block) {
+// Of dense sweeps: more than a load for three multiply-adds is felt, and so are the sums and the pass over the input.
+double dense_cost(const Costs& costs, const Kernels& kernels, int taps, int vectors, int channel_block) {
   const int work = taps * vectors;
   const double loads = 1.0 / kernels.data.dense_pixels[taps][vectors] + 1.0 / work;
-  return work * (1 + 0.58 * std::max(0.0, loads - 0.35)) + 7.7 * vectors / static_cast<double>(channel_block) + 0.3;
+  return work * (1 + 0.58 * std::max(0.0, loads - 0.35)) + costs.sums * vectors / channel_block + 0.3;
 }
 
-// Feature vectors of a block. Unused lanes of the last block count like any others.
-void choose_vectors(const Machine& machine, const Kernels& kernels, int taps, bool dense, DataPlan* plan) {
-  const int64_t needed = ceil_div(plan->features, kernels.lanes);
-  double best_cost = 0;
-  plan->vectors = 0;
+// The cheapest blocking of features and channels. A filter block takes three quarters of L1, which it shares with the
+// sums and pixels that pass by; for few non-zeros all of it, because they ask for few of its lines in turn and larger
+// blocks move sums and end lists less often.
+Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int taps, bool dense, double density,
+                         const DataPlan& plan) {
+  const Costs costs = costs_of(machine, kernels);
+  constexpr double kMisses = 1.07;  // of a filter block that fills L1
+  const int64_t needed = ceil_div(plan.features, kernels.lanes);
+  Blocking best{};
+  // Unused lanes of the last block count like any others.
   for (int v = kMaxVectors; v >= 1; --v) {
     if (!offered(kernels, taps, v)) continue;
     const int64_t blocks = ceil_div(needed, v);
     int last = static_cast<int>(needed - (blocks - 1) * v);
     while (!offered(kernels, taps, last)) ++last;
     if (blocks == 1 && last != v) continue;
-    const auto cost_of = [&](int vectors) {
-      const int64_t block = channels_in_block(machine, kernels.lanes, taps, vectors, plan->channels);
-      return dense ? dense_cost(kernels, taps, vectors, block) : walk_cost(taps, vectors, block);
-    };
-    const double cost = static_cast<double>(blocks - 1) * cost_of(v) + cost_of(last);
-    if (plan->vectors == 0 || cost < best_cost) {
-      best_cost = cost;
-      plan->vectors = v;
-      plan->last_vectors = last;
-      plan->blocks = blocks;
+    for (const bool whole_l1 : {false, true}) {
+      if (whole_l1 && dense) continue;
+      const int64_t bytes = whole_l1 ? machine.l1_bytes : machine.l1_bytes * 3 / 4;
+      const int channel_block = channels_in_block(bytes, kernels.lanes, taps, v, plan.channels);
+      const double load = costs.load * (whole_l1 ? kMisses : 1);
+      const auto cost_of = [&](int vectors) {
+        return dense ? dense_cost(costs, kernels, taps, vectors, channel_block)
+                     : walk_cost(costs, density, load, taps, vectors, channel_block);
+      };
+      const double cost = static_cast<double>(blocks - 1) * cost_of(v) + cost_of(last);
+      if (best.vectors == 0 || cost < best.cost) best = {v, last, blocks, channel_block, cost};
     }
   }
+  return best;
 }
 
-void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, DataPlan* plan) {
+void choose_blocks(const Machine& machine, const Kernels& kernels, const Blocking& blocking, DataPlan* plan) {
+  plan->vectors = blocking.vectors;
+  plan->last_vectors = blocking.last_vectors;
+  plan->blocks = blocking.blocks;
+  plan->channel_block = blocking.channel_block;
   const int64_t features = static_cast<int64_t>(plan->vectors) * kernels.lanes;
-  plan->channel_block =
-      static_cast<int>(channels_in_block(machine, kernels.lanes, taps, plan->vectors, plan->channels));
 
   // Partial sums of a tile and one feature block: a fifth of L2. There should be enough tiles for the threads of any
   // machine, but a small tile is not worth its filter traffic: from a quarter of that, or more where a filter block has
@@ -156,24 +184,17 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, int taps, Dat
   plan->tile_rows = ceil_div(all_rows, ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns)));
 }
 
-// The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block. In
-// the time of a multiply-add of a vector; measured where there are two of these a cycle. Where there is one, loads and
-// mispredicted ends of lists should hide behind it: those figures are estimates.
+// The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
 float dense_density(const Machine& machine, const Kernels& kernels, int taps, const DataPlan& plan) {
-  const bool hidden = kernels.lanes == 16 && machine.fmas == 1;
-  const double load = hidden ? 1 : 1.27;   // a multiply-add that loads its filter vector
-  const double pair = hidden ? 1 : 1.18;   // one of two that share the load
-  const double dense = hidden ? 1 : 1.09;  // one of several
-  const double visit = hidden ? 0.5 : 2;   // finding a channel, its broadcast
-  const double ends = hidden ? 15 : 70;    // of the three lists
+  const Costs costs = costs_of(machine, kernels);
   const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
   const int work = taps * plan.vectors;
   // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
   // well.
   const double scan = plan.pointwise ? (0.75 * n + 24) / static_cast<double>(plan.blocks) : 0;
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
-  const double both = 2 * work * pair + visit / 2, single = work * load + visit,
-               target = 2 * work * dense * n - ends - scan;
+  const double both = 2 * work * costs.pair + costs.visit / 2, single = work * costs.load + costs.visit,
+               target = 2 * work * costs.dense * n - costs.ends - scan;
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
   // coefficient are safe; there is none where walking all channels is cheaper than the dense sweep.
@@ -208,7 +229,7 @@ std::pair<int64_t, int64_t> DataPlan::input_rows(int64_t y0, int64_t y1) const {
   return {begin, std::clamp<int64_t>(end, begin, in_rows)};
 }
 
-DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, double density, const Machine& machine,
+DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels) {
   DataPlan plan{};
   plan.op = op;
@@ -237,12 +258,10 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, double densit
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
   plan.copy = !plan.pointwise || dtype != DType::kF32;
-  choose_vectors(machine, kernels, taps, false, &plan);
-  choose_blocks(machine, kernels, taps, &plan);
+  choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), &plan);
   plan.dense_density = dense_density(machine, kernels, taps, plan);
-  if (density >= plan.dense_density) {
-    choose_vectors(machine, kernels, taps, true, &plan);
-    choose_blocks(machine, kernels, taps, &plan);
+  if (mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density)) {
+    choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, true, density, plan), &plan);
   }
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.

@@ -88,8 +88,9 @@ struct DataPlan {
 };
 
 // `dtype` is that of the operands, `density` the share of non-zeros that the checked one is expected to have: dense
-// tiles like other blocks than sparse ones. Each tile still decides by its own density.
-DataPlan plan_data(DataOp op, const ConvShape& shape, DType dtype, double density, const Machine& machine,
+// tiles like other blocks than sparse ones, and few non-zeros others than many. In mode auto each tile still decides by
+// its own density.
+DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels);
 
 // Key and value pairs for explain and tests. The key "lax", when there, holds the reason why XLA's own convolution

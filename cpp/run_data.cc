@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "plan_data.h"
 #include "run_data.h"
+#include "zeros.h"
 
 namespace sparsetrain {
 namespace {
@@ -293,8 +294,8 @@ struct Call {
   }
 };
 
-// How the sweeps of a tile go through their input.
-enum class Walk { kDense, kPairs, kSingles };
+// How the sweeps of a tile go through their input; kNone: it is all zero.
+enum class Walk { kDense, kPairs, kSingles, kNone };
 
 // Sums one feature block of one class of columns over all channels and taps.
 void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows, Range columns, size_t cls,
@@ -356,7 +357,7 @@ void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows
       range.begin = std::min(range.begin, r);
       range.end = r;
     }
-    if (range.end < 0 || column_class.strands.empty()) {
+    if (walk == Walk::kNone || range.end < 0 || column_class.strands.empty()) {
       args.tile = nullptr;
       args.pixels = 0;
       finish(g, [&](Range part) {
@@ -366,6 +367,7 @@ void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows
     }
   }
 
+  if (walk == Walk::kNone) return;
   const int64_t channel_blocks = plan.channel_blocks();
   for (int64_t cb = 0; cb < channel_blocks; ++cb) {
     for (int64_t r = 0; r < plan.kernel_rows; ++r) {
@@ -431,7 +433,10 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   if (surely_dense && plan.copy) input.scan(call.kernels, 1, false);
   const double density = surely_dense ? 1 : input.scan(call.kernels, 1);
   const bool dense = maybe_dense && density >= plan.dense_density;
-  const Walk walk = dense ? Walk::kDense : density >= plan.pair_density ? Walk::kPairs : Walk::kSingles;
+  const Walk walk = dense                          ? Walk::kDense
+                    : density >= plan.pair_density ? Walk::kPairs
+                    : density > 0                  ? Walk::kSingles
+                                                   : Walk::kNone;
   if (blocks.begin == 0) {
     const bool fwd = plan.op == DataOp::kFwd;
     count(fwd ? (dense ? "conv_fwd/dense" : "conv_fwd/sparse")
@@ -448,12 +453,11 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   if (call.stream) call.kernels.data.stream_fence();
 }
 
-// `density` is that of the input; forced modes know better.
+// `density` is that of the input.
 void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, ConstTensor input, ConstTensor rhs,
                ConstTensor keep, Tensor result, Executor& executor) {
   const Kernels& k = kernels();
-  const double expected = mode == Mode::kDense ? 1 : mode == Mode::kSparse ? 0 : density;
-  const DataPlan plan = plan_data(op, shape, input.dtype, expected, machine(), k);
+  const DataPlan plan = plan_data(op, shape, mode, input.dtype, density, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
   const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
@@ -499,13 +503,21 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
 }  // namespace
 
 void conv_fwd(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor rhs, Tensor out, Executor& executor) {
-  const double sample = density(lhs, shape.n * shape.h * shape.w * shape.c);
+  const double sample = mode == Mode::kDense ? 1 : density(lhs, shape.lhs_size());
+  if (zero_of_zeros(sample, lhs, shape.lhs_size(), out, shape.out_size(), executor)) {
+    count("conv_fwd/sparse");
+    return;
+  }
   conv_data(DataOp::kFwd, shape, mode, sample, lhs, rhs, {nullptr, lhs.dtype}, out, executor);
 }
 
 void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, Tensor dlhs,
                     Executor& executor) {
-  const double sample = density(g, shape.n * shape.oh * shape.ow * shape.k);
+  const double sample = mode == Mode::kDense ? 1 : density(g, shape.out_size());
+  if (zero_of_zeros(sample, g, shape.out_size(), dlhs, shape.lhs_size(), executor)) {
+    count("conv_bwd_input/sparse");
+    return;
+  }
   conv_data(DataOp::kBwdInput, shape, mode, sample, g, rhs, {nullptr, g.dtype}, dlhs, executor);
 }
 

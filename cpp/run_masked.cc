@@ -1,6 +1,5 @@
 // Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm, plan_masked.h the blocking.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -9,6 +8,7 @@
 #include "parallel.h"
 #include "plan_masked.h"
 #include "run_data.h"
+#include "zeros.h"
 
 namespace sparsetrain {
 namespace {
@@ -324,32 +324,18 @@ class MaskedRun {
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 
-// Where x is all zero, as a sample suggests, nothing is left but to write zeros. Returns whether it was.
-bool zero_where_all_zero(ConstTensor x, Tensor dlhs, int64_t size, Executor& executor) {
-  constexpr int64_t kChunk = 1 << 14;
-  const auto count_nonzero = kernels().weights.count_nonzero[index_of(x.dtype)];
-  std::atomic<bool> all_zero{true};
-  run_phases(executor, {{ceil_div(size, kChunk), [&](int64_t index) {
-                           const int64_t first = index * kChunk, count = std::min(kChunk, size - first);
-                           if (!all_zero.load(std::memory_order_relaxed)) return;
-                           if (count_nonzero(x.at(first), count) > 0) all_zero.store(false);
-                           std::memset(dlhs.at(first), 0, count * dlhs.size());
-                         }}});
-  return all_zero.load();
-}
-
 }  // namespace
 
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
                            Tensor dlhs, Executor& executor) {
   const Kernels& isa = kernels();
-  const int64_t size = shape.n * shape.h * shape.w * shape.c;
   Densities densities;
   if (mode != Mode::kDense) {
-    densities.lhs = density(x, size);
-    densities.g = density(g, shape.n * shape.oh * shape.ow * shape.k);
+    densities.lhs = density(x, shape.lhs_size());
+    densities.g = density(g, shape.out_size());
   }
-  if (densities.lhs == 0 && zero_where_all_zero(x, dlhs, size, executor)) {
+  if (zero_of_zeros(densities.lhs, x, shape.lhs_size(), dlhs, shape.lhs_size(), executor) ||
+      zero_of_zeros(densities.g, g, shape.out_size(), dlhs, shape.lhs_size(), executor)) {
     count("conv_bwd_input_masked/sparse");
     return;
   }

@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "plan_weights.h"
+#include "zeros.h"
 
 namespace sparsetrain {
 namespace {
@@ -463,8 +464,13 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstT
   const Kernels& isa = kernels();
   Densities densities;
   if (mode != Mode::kDense) {
-    densities.lhs = density(lhs, shape.n * shape.h * shape.w * shape.c);
-    densities.g = density(g, shape.n * shape.oh * shape.ow * shape.k);
+    densities.lhs = density(lhs, shape.lhs_size());
+    densities.g = density(g, shape.out_size());
+  }
+  if (zero_of_zeros(densities.lhs, lhs, shape.lhs_size(), drhs, shape.rhs_size(), executor) ||
+      zero_of_zeros(densities.g, g, shape.out_size(), drhs, shape.rhs_size(), executor)) {
+    count("conv_bwd_weights/sparse");
+    return;
   }
   const WeightsPlan plan =
       plan_weights(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});

@@ -125,6 +125,24 @@ def test_every_position_of_a_single_nonzero_is_found(component: str, isa: str) -
         np.testing.assert_array_equal(run(component, case, a, b, "sparse"), want, err_msg=f"position {position}")
 
 
+@pytest.mark.parametrize("nonzeros", [0, 1])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_large_operand_of_zeros_but_for_one_value_is_not_taken_for_zeros(
+    component: str, nonzeros: int, isa: str
+) -> None:
+    case = same(Case(3, 32, 32, 80, 80, 3, 3))  # so large that its zeros are sampled
+    first, second = operand_shapes(component, case)
+    rng = seed("nearly zeros", component)
+    b = values(rng, second, integers=True)
+    for position in [0, int(np.prod(first)) - 1, *rng.integers(0, np.prod(first), 6)]:
+        a = np.zeros(first, np.float32)
+        a.flat[position] = 3 * nonzeros
+        want = COMPONENTS[component](case, a, b).astype(np.float32)
+        for mode in MODES:
+            got = run(component, case, a, b, mode)
+            np.testing.assert_array_equal(got, want, err_msg=f"position {position}, {mode}")
+
+
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_empty_arrays_give_zeros_of_the_right_shape(component: str, case: Case) -> None:

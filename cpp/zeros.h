@@ -1,0 +1,20 @@
+// What is asked of an operand's zeros before the work is planned.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "parallel.h"
+
+namespace sparsetrain {
+
+// Fraction of non-zeros of count > 0 values. Large tensors are sampled, by size alone: short runs at places that a
+// multiplicative hash spreads, so that no period of channels or rows is favoured.
+double density(ConstTensor values, int64_t count);
+
+// Of convolutions of an operand whose density, as measured, is `sample`: where that is nothing and indeed all its
+// `count` values are zero, sets the `result_count` values of the result to zero and returns true.
+bool zero_of_zeros(double sample, ConstTensor operand, int64_t count, Tensor result, int64_t result_count,
+                   Executor& executor);
+
+}  // namespace sparsetrain
