@@ -10,12 +10,13 @@ namespace sparsetrain {
 namespace {
 
 // Costs in multiply-adds of a vector, measured relative to a tile's.
-constexpr double kPackCost = 8;          // transposing a vector of the checked operand, finding its zeros
-constexpr double kGroupCost = 4;         // copying a pixel's channels of one tile
-constexpr double kCopyCost = 5;          // copying a vector of the dense operand
-constexpr double kEndCost = 12;          // a mask word's mispredicted end, partly hidden
-constexpr double kWalkCost = 1.2;        // a multiply-add of a walk: mask, broadcast and load come with it
-constexpr double kOneTapWalkCost = 1.3;  // the same where a visit is a few of them
+constexpr double kPackCost = 8;         // transposing a vector of the checked operand, finding its zeros
+constexpr double kGroupCost = 4;        // copying a pixel's channels of one tile
+constexpr double kCopyCost = 5;         // copying a vector of the dense operand
+constexpr double kEndCost = 12;         // a mask word's mispredicted end, partly hidden
+constexpr double kWalkCost = 1.2;       // a multiply-add of a walk: mask, broadcast and load come with it; at least
+constexpr double kVisitFmaCost = 0.86;  // where a visit is a few of them: each,
+constexpr double kVisitCost = 3.1;      // and the visit
 constexpr double kTileCost = 1.12;
 constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
@@ -124,9 +125,10 @@ void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelC
     bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
     halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
   }
-  // Positions of the dense block. Walks jump about in it: in L1. Tiles with several taps sweep it in order, from L2 as
-  // well, and gain from small halos.
-  const int64_t share = machine.caches.l1_bytes * (plan.sparse || halo_rows == 0 ? 7 : 14) / 10;
+  // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
+  // of it. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos.
+  const int64_t tenths = plan.sparse ? (halo_rows > 2 ? 9 : 7) : (halo_rows > 0 ? 14 : 7);
+  const int64_t share = machine.caches.l1_bytes * tenths / 10;
   const int64_t budget = std::max<int64_t>(64, share / bytes);
   const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
   cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
@@ -166,7 +168,7 @@ double estimate(const WeightsPlan& plan, double density, int registers) {
       const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
       const double tap_vectors = static_cast<double>(taps * vectors);
       if (plan.sparse) {
-        const double walk = taps == 1 ? kOneTapWalkCost : kWalkCost;
+        const double walk = std::max(kWalkCost, kVisitFmaCost + kVisitCost / static_cast<double>(taps * group.vectors));
         cost += pixels * plan.channels *
                 (density * walk * tap_vectors + kEndCost / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
       } else {
