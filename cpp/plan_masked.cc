@@ -247,6 +247,8 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
     }
   }
   plan.product_cost = product;
+  // The ordinary BWI has vectors of input features, of which the last may be mostly idle.
+  dense *= static_cast<double>(round_up(shape.c, plan.lanes)) / static_cast<double>(shape.c);
   const bool one_tap = shape.r * shape.s == 1;
   const double share =
       one_tap ? kSkippingCost1x1 + kSkippingSlope1x1 * densities.g : kSkippingCost + kSkippingSlope * densities.g;
