@@ -158,6 +158,15 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
   return best;
 }
 
+// So many tiles or a few more, a number that 2, 4, 8 threads share evenly. (Where there are fewer than six, run_data.cc
+// shares out features as well.)
+int64_t shareable(int64_t tiles) {
+  if (tiles < 6) return tiles;
+  int64_t step = 2;
+  while (8 * step <= tiles) step *= 2;
+  return ceil_div(tiles, step) * step;
+}
+
 void choose_blocks(const Machine& machine, const Kernels& kernels, const Blocking& blocking, DataPlan* plan) {
   plan->vectors = blocking.vectors;
   plan->last_vectors = blocking.last_vectors;
@@ -179,9 +188,10 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   const int64_t step = plan->classes.front().step;
   const int64_t all_rows = plan->images * plan->out_rows;
   const int64_t wanted = std::clamp(ceil_div(all_rows * plan->out_columns, kTiles), worth, most);
-  const int64_t column_tiles = ceil_div(plan->out_columns, all_rows == 1 ? wanted : most);
+  const int64_t column_tiles = shareable(ceil_div(plan->out_columns, all_rows == 1 ? wanted : most));
   plan->tile_columns = ceil_div(ceil_div(plan->out_columns, column_tiles), step) * step;
-  plan->tile_rows = ceil_div(all_rows, ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns)));
+  const int64_t row_tiles = ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns));
+  plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
 // The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
