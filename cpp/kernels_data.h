@@ -304,6 +304,13 @@ struct DenseSweep {
   }
 };
 
+// Channels c, c + 1, ... of a block: copies them, returns their bits.
+template <class Isa, bool kMasks, bool kCopy>
+ST_INLINE uint64_t scan_vector(typename Isa::Vec v, int c, float* copy) {
+  if constexpr (kCopy) Isa::store(copy + c, v);
+  return kMasks ? static_cast<uint64_t>(Isa::nonzero(v)) << c : 0;
+}
+
 template <class Isa, class T, bool kMasks, bool kCopy>
 int64_t scan_rows(const ScanArgs& a) {
   int64_t count = 0;
@@ -314,13 +321,13 @@ int64_t scan_rows(const ScanArgs& a) {
     for (int c0 = 0; c0 < a.channels; c0 += a.block) {
       const int channels = a.channels - c0 < a.block ? a.channels - c0 : a.block;
       uint64_t mask = 0;
-      const auto take = [&](int c, typename Isa::Vec v) ST_LAMBDA {
-        if constexpr (kMasks) mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
-        if constexpr (kCopy) Isa::store(copy + c, v);
-      };
       int c = 0;
-      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) take(c, Isa::load(pixel + c0 + c));
-      if (c < channels) take(c, Isa::load_n(pixel + c0 + c, channels - c));
+      for (; c + Isa::kLanes <= channels; c += Isa::kLanes) {
+        mask |= scan_vector<Isa, kMasks, kCopy>(Isa::load(pixel + c0 + c), c, copy);
+      }
+      if (c < channels) {
+        mask |= scan_vector<Isa, kMasks, kCopy>(Isa::load_n(pixel + c0 + c, channels - c), c, copy);
+      }
       if constexpr (kMasks) {
         *masks = mask;
         masks += a.mask_pitch;

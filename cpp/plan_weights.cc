@@ -184,7 +184,7 @@ double estimate(const WeightsPlan& plan, double density, int registers) {
 
 WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, double density,
                       const WeightsMachine& machine) {
-  WeightsPlan plan;
+  WeightsPlan plan{};
   plan.shape = shape;
   plan.lhs_checked = lhs_checked;
   plan.sparse = sparse;
