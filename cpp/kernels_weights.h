@@ -40,8 +40,9 @@ struct TapSums {
   static ST_INLINE void load(const WeightsPanel& panel, const float* sums, Vec* acc) {
     unroll<kVectors>([&](auto v) ST_LAMBDA { acc[v] = panel.first ? Isa::zero() : Isa::load(sums + v * Isa::kLanes); });
   }
-  static ST_INLINE void save(const WeightsPanel& panel, float* sums, float* out, const Vec* acc) {
-    float* to = panel.out == nullptr ? sums : out;
+  // `offset` is that of the place in panel.out, if there is one.
+  static ST_INLINE void save(const WeightsPanel& panel, float* sums, ptrdiff_t offset, const Vec* acc) {
+    float* to = panel.out == nullptr ? sums : panel.out + offset;
     if (panel.out == nullptr || panel.out_features == kWidth) {
       unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(to + v * Isa::kLanes, acc[v]); });
       return;
@@ -99,7 +100,7 @@ struct Walk {
   }
   static ST_INLINE void save(const WeightsPanel& panel, int64_t channel, const Vec (&acc)[kCount]) {
     float* sums = panel.sums + channel * (kTaps * kWidth);
-    float* out = panel.out + channel * panel.out_channel;
+    const ptrdiff_t out = channel * panel.out_channel;
     unroll<kTaps>([&](auto t) ST_LAMBDA {
       Sums::save(panel, sums + t * kWidth, out + t / kColumns * panel.out_row + t % kColumns * panel.out_column,
                  acc + t * kVectors);
@@ -253,7 +254,7 @@ struct Tile {
         next_checked.turn();
         const int r = t / args.tap_columns, s = t % args.tap_columns;
         float* sums = panel.sums + (static_cast<int64_t>(first) * taps + t) * kWidth;
-        float* out = panel.out + first * panel.out_channel + r * panel.out_row + s * panel.out_column;
+        const ptrdiff_t out = first * panel.out_channel + r * panel.out_row + s * panel.out_column;
         Vec acc[kChannels * kVectors];
         unroll<kChannels>([&](auto c) ST_LAMBDA { Sums::load(panel, sums + c * taps * kWidth, acc + c * kVectors); });
         pixels(args, values, args.dense + (r * args.tap_row + s) * kWidth, acc);
