@@ -407,6 +407,11 @@ void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows
   }
 }
 
+void count_path(DataOp op, bool dense) {
+  if (op == DataOp::kFwd) return count(dense ? "conv_fwd/dense" : "conv_fwd/sparse");
+  count(dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse");
+}
+
 // `next` is the range of columns that this thread will probably run next; empty if unknown.
 void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range next) {
   const DataPlan& plan = call.plan;
@@ -437,11 +442,7 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
                     : density >= plan.pair_density ? Walk::kPairs
                     : density > 0                  ? Walk::kSingles
                                                    : Walk::kNone;
-  if (blocks.begin == 0) {
-    const bool fwd = plan.op == DataOp::kFwd;
-    count(fwd ? (dense ? "conv_fwd/dense" : "conv_fwd/sparse")
-              : (dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse"));
-  }
+  if (blocks.begin == 0) count_path(plan.op, dense);
   // Only 1x1 kernels, where the input is one long row, do so little with a value that reading it shows.
   Ahead ahead(call.input.at(next.begin * plan.channels), next.size() * plan.channels * call.input.size(),
               columns.size(), blocks.size() * plan.channel_blocks());
@@ -500,25 +501,26 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
              });
 }
 
+// The same with no mask on the result: measures the input's zeros first.
+void conv_measured(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, ConstTensor rhs, Tensor result,
+                   Executor& executor) {
+  const bool fwd = op == DataOp::kFwd;
+  const int64_t input_size = fwd ? shape.lhs_size() : shape.out_size();
+  const int64_t result_size = fwd ? shape.out_size() : shape.lhs_size();
+  const double sample = mode == Mode::kDense ? 1 : density(input, input_size);
+  if (zero_of_zeros(sample, input, input_size, result, result_size, executor)) return count_path(op, false);
+  conv_data(op, shape, mode, sample, input, rhs, {nullptr, input.dtype}, result, executor);
+}
+
 }  // namespace
 
 void conv_fwd(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor rhs, Tensor out, Executor& executor) {
-  const double sample = mode == Mode::kDense ? 1 : density(lhs, shape.lhs_size());
-  if (zero_of_zeros(sample, lhs, shape.lhs_size(), out, shape.out_size(), executor)) {
-    count("conv_fwd/sparse");
-    return;
-  }
-  conv_data(DataOp::kFwd, shape, mode, sample, lhs, rhs, {nullptr, lhs.dtype}, out, executor);
+  conv_measured(DataOp::kFwd, shape, mode, lhs, rhs, out, executor);
 }
 
 void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, Tensor dlhs,
                     Executor& executor) {
-  const double sample = mode == Mode::kDense ? 1 : density(g, shape.out_size());
-  if (zero_of_zeros(sample, g, shape.out_size(), dlhs, shape.lhs_size(), executor)) {
-    count("conv_bwd_input/sparse");
-    return;
-  }
-  conv_data(DataOp::kBwdInput, shape, mode, sample, g, rhs, {nullptr, g.dtype}, dlhs, executor);
+  conv_measured(DataOp::kBwdInput, shape, mode, g, rhs, dlhs, executor);
 }
 
 void conv_bwd_input_where(const ConvShape& shape, Mode mode, double density, ConstTensor g, ConstTensor rhs,
