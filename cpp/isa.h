@@ -14,7 +14,10 @@ struct Machine {
   int64_t l1_bytes;  // data cache of a core
   int64_t l2_bytes;
   int64_t l3_bytes;  // shared
-  int fmas;          // vector multiply-adds a cycle of the best ISA, 1 or 2: what else there is to do hides behind one
+  int fmas;          // vector multiply-adds a cycle of the best ISA, 1 or 2
+
+  // Whether vectors of so many lanes have one multiply-add a cycle, behind which what else there is to do hides.
+  bool single_fma(int lanes) const { return lanes == 16 && fmas == 1; }
 };
 
 std::vector<std::string> available_isas();  // best first

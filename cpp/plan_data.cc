@@ -89,13 +89,13 @@ struct Costs {
   double visit;  // finding a channel, its broadcast
   double ends;   // of a pair of pixels: its three lists
   double sums;   // moving a vector of sums of a pixel in and out
+  double scan;   // finding the zeros of 16 channels of a pixel in place
 };
 
-// Measured where there are two of these a cycle. Where there is one, loads, sums and mispredicted ends of lists should
-// hide behind it: those figures are estimates.
+// Where there is one of these a cycle, loads, sums and mispredicted ends of lists partly hide behind it.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (kernels.lanes == 16 && machine.fmas == 1) return {1, 1, 1, 0.5, 15, 3};
-  return {1.27, 1.18, 1.09, 2, 70, 7.7};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.5, 15, 3, 3};
+  return {1.27, 1.18, 1.09, 2, 70, 7.7, 6};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -201,7 +201,7 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const int work = taps * plan.vectors;
   // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
   // well.
-  const double scan = plan.pointwise ? (0.75 * n + 24) / static_cast<double>(plan.blocks) : 0;
+  const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks) : 0;
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
   const double both = 2 * work * costs.pair + costs.visit / 2, single = work * costs.load + costs.visit,
                target = 2 * work * costs.dense * n - costs.ends - scan;

@@ -8,24 +8,32 @@
 namespace sparsetrain {
 namespace {
 
-// Costs in multiply-adds of a vector of the dense BWI, fitted to measurements.
-constexpr double kProductCost = 1.22;  // a multiply-add of a product: bound by loads; the sum over lanes is in it
-constexpr double kElementCost = 4;     // listing an element of x and storing one of dlhs
-constexpr double kChannelCost = 110;   // of a product, per channel, block and step: its filter, the mispredicted end
-constexpr double kZeroCost = 1.3;      // zeroing as the result is written: reading x, per element
-constexpr double kMargin = 0.85;       // a product must promise this share of the other ways' cost: they are surer
-constexpr double kEmptyCost = 1;       // writing zeros where no tap meets a class, per element
+constexpr double kEmptyCost = 1;  // writing zeros where no tap meets a class, per element
 // Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
 constexpr double kSkippingCost1x1 = 0.25, kSkippingSlope1x1 = 1.0;
 constexpr double kSkippingMost = 1.1;
-// Of a class of points:
-constexpr double kPointCost = 35;          // a point and block of channels: the mispredicted end
-constexpr double kPointVectorCost = 3.3;   // its features, per vector, from L2
-constexpr double kPointEntryCost = 2.8;    // an entry of its list: the sum over lanes
-constexpr double kPointFmaCost = 0.91;     // a multiply-add of an entry
-constexpr double kPointElementCost = 2.1;  // listing and storing an element
-constexpr double kRounding = 1.5;          // entries that fill up the last group of a list
+constexpr double kRounding = 1.5;  // entries that fill up the last group of a list
+
+// Costs in multiply-adds of a vector of the dense BWI, fitted to measurements.
+struct Costs {
+  double product;  // a multiply-add of a product: bound by loads; the sum over lanes is in it
+  double element;  // listing an element of x and storing one of dlhs
+  double channel;  // of a product, per channel, block and step: its filter, the mispredicted end
+  double zero;     // zeroing as the result is written: reading x, per element
+  double margin;   // a product must promise this share of the other ways' cost: they are surer
+  // Of a class of points:
+  double point;          // a point and block of channels: the mispredicted end
+  double point_vector;   // its features, per vector, from L2
+  double point_entry;    // an entry of its list: the sum over lanes
+  double point_fma;      // a multiply-add of an entry
+  double point_element;  // listing and storing an element
+};
+
+Costs costs_of(const WeightsMachine& machine) {
+  if (machine.caches.single_fma(machine.lanes)) return {1.12, 1.8, 110, 0.7, 0.95, 30, 1.4, 2, 0.97, 1.1};
+  return {1.22, 4, 110, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 2.1};
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -101,12 +109,13 @@ int64_t filter_block(int64_t channels, int vectors, double density, const Weight
 
 // Of a point of x, with steps of this many vectors.
 double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const WeightsMachine& machine) {
+  const Costs costs = costs_of(machine);
   const double channels = static_cast<double>(shape.c);
   const int64_t blocks = ceil_div(shape.c, filter_block(shape.c, vectors, density, machine));
   const double lists = static_cast<double>(steps * blocks);
   const double entries = density * channels * static_cast<double>(steps) + kRounding * lists;
-  return lists * (kPointCost + kPointVectorCost * vectors) + entries * (kPointEntryCost + kPointFmaCost * vectors) +
-         kPointElementCost * channels;
+  return lists * (costs.point + costs.point_vector * vectors) +
+         entries * (costs.point_entry + costs.point_fma * vectors) + costs.point_element * channels;
 }
 
 void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density, const WeightsMachine& machine,
@@ -225,6 +234,7 @@ void plan_product(double density, const WeightsMachine& machine, MaskedPlan& pla
 }
 
 void estimate(const Densities& densities, const WeightsMachine& machine, MaskedPlan& plan) {
+  const Costs costs = costs_of(machine);
   const ConvShape& shape = plan.shape;
   double dense = 0, product = 0, elements = 0;
   for (const MaskedClass& cls : plan.classes) {
@@ -233,12 +243,12 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
     double fmas = 0;
     for (const MaskedStep& step : cls.steps) {
       fmas += pixels * channels * step.rows.taps * step.columns.taps * step.vectors;
-      if (!cls.points) product += static_cast<double>(cls.block_count()) * channels * kChannelCost;
+      if (!cls.points) product += static_cast<double>(cls.block_count()) * channels * costs.channel;
     }
     dense += fmas;
     elements += pixels * channels;
     if (!cls.points) {
-      product += densities.lhs * kProductCost * fmas + kElementCost * pixels * channels;
+      product += densities.lhs * costs.product * fmas + costs.element * pixels * channels;
     } else if (cls.steps.empty()) {
       product += kEmptyCost * pixels * channels;
     } else {
@@ -252,8 +262,8 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
   const bool one_tap = shape.r * shape.s == 1;
   const double share =
       one_tap ? kSkippingCost1x1 + kSkippingSlope1x1 * densities.g : kSkippingCost + kSkippingSlope * densities.g;
-  plan.g_cost = dense * std::min(kSkippingMost, share) + kZeroCost * elements;
-  plan.dense_cost = dense + kZeroCost * elements;
+  plan.g_cost = dense * std::min(kSkippingMost, share) + costs.zero * elements;
+  plan.dense_cost = dense + costs.zero * elements;
 }
 
 }  // namespace
@@ -272,7 +282,7 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   plan_product(densities.lhs, machine, plan);
   estimate(densities, machine, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
-  plan.product = mode != Mode::kDense && plan.product_cost < kMargin * ordinary;
+  plan.product = mode != Mode::kDense && plan.product_cost < costs_of(machine).margin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
   return plan;
 }

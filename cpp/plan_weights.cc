@@ -9,21 +9,28 @@
 namespace sparsetrain {
 namespace {
 
-// Costs in multiply-adds of a vector, measured relative to a tile's.
-constexpr double kPackCost = 8;         // transposing a vector of the checked operand, finding its zeros
-constexpr double kGroupCost = 4;        // copying a pixel's channels of one tile
-constexpr double kCopyCost = 5;         // copying a vector of the dense operand
-constexpr double kEndCost = 12;         // a mask word's mispredicted end, partly hidden
-constexpr double kWalkCost = 1.2;       // a multiply-add of a walk: mask, broadcast and load come with it; at least
-constexpr double kVisitFmaCost = 0.86;  // where a visit is a few of them: each,
-constexpr double kVisitCost = 3.1;      // and the visit
-constexpr double kTileCost = 1.12;
 constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
 constexpr double kSerialCost = 150'000;  // below: a helper thread takes longer to start than the call
+
+// Costs in multiply-adds of a vector between registers.
+struct Costs {
+  double pack;              // transposing a vector of the checked operand, finding its zeros
+  double group;             // copying a pixel's channels of one tile
+  double copy;              // copying a vector of the dense operand
+  double end;               // a mask word's mispredicted end, partly hidden
+  double walk;              // a multiply-add of a walk: mask, broadcast and load come with it; at least
+  double visit_fma, visit;  // where a visit is a few of them: each, and the visit
+  double tile;              // a multiply-add of a tile
+};
+
+Costs costs_of(const WeightsMachine& machine) {
+  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.08, 0.9, 1, 1.1};
+  return {8, 4, 5, 12, 1.2, 0.86, 3.1, 1.12};
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -160,7 +167,8 @@ void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelC
 int tile_channels(int vectors, int registers) { return (registers == 32 ? 24 : 12) / vectors; }
 
 // What one way to run the call would cost.
-double estimate(const WeightsPlan& plan, double density, int registers) {
+double estimate(const WeightsPlan& plan, double density, const WeightsMachine& machine) {
+  const Costs costs = costs_of(machine);
   double cost = 0;
   for (const PixelClass& cls : plan.classes) {
     const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
@@ -168,16 +176,17 @@ double estimate(const WeightsPlan& plan, double density, int registers) {
       const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
       const double tap_vectors = static_cast<double>(taps * vectors);
       if (plan.sparse) {
-        const double walk = std::max(kWalkCost, kVisitFmaCost + kVisitCost / static_cast<double>(taps * group.vectors));
+        const double walk =
+            std::max(costs.walk, costs.visit_fma + costs.visit / static_cast<double>(taps * group.vectors));
         cost += pixels * plan.channels *
-                (density * walk * tap_vectors + kEndCost / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
+                (density * walk * tap_vectors + costs.end / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
       } else {
-        const int64_t tile = tile_channels(group.vectors, registers), tiles = ceil_div(plan.channels, tile);
-        cost += pixels * tiles * (tile * kTileCost * tap_vectors + kGroupCost);
+        const int64_t tile = tile_channels(group.vectors, machine.registers), tiles = ceil_div(plan.channels, tile);
+        cost += pixels * tiles * (tile * costs.tile * tap_vectors + costs.group);
       }
-      cost += pixels * vectors * kCopyCost;
+      cost += pixels * vectors * costs.copy;
     }
-    if (plan.sparse) cost += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * kPackCost;
+    if (plan.sparse) cost += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
   }
   return cost;
 }
@@ -302,8 +311,8 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   const auto cheaper = [&](bool sparse, double& cost) {
     const WeightsPlan lhs = plan_path(shape, true, sparse, densities.lhs, machine);
     const WeightsPlan g = plan_path(shape, false, sparse, densities.g, machine);
-    const double lhs_cost = estimate(lhs, densities.lhs, machine.registers);
-    const double g_cost = estimate(g, densities.g, machine.registers);
+    const double lhs_cost = estimate(lhs, densities.lhs, machine);
+    const double g_cost = estimate(g, densities.g, machine);
     cost = std::min(lhs_cost, g_cost);
     return lhs_cost <= g_cost ? lhs : g;
   };

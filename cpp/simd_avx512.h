@@ -53,7 +53,12 @@ struct Avx512 {
   }
   static ST_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-  static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static ST_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#ifdef SPARSETRAIN_SINGLE_FMA
+    asm volatile("kunpckbw %%k0, %%k0, %%k7" : : : "k7");  // keeps the unit of the second multiply-add busy for a cycle
+#endif
+    return _mm512_fmadd_ps(a, b, c);
+  }
   static ST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   static ST_INLINE void add_sums(float* p, bool first, Vec a, Vec b, Vec c, Vec d) {
     const __m512 ab = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
