@@ -22,6 +22,9 @@ class Executor {
   virtual void schedule(std::function<void()> task) { (void)task; }
 };
 
+// Work of fewer multiply-adds of a vector is done before a helper has started.
+constexpr double kSerialCost = 150'000;
+
 // Independent items; all items of a phase end before the first item of the next phase begins.
 struct Phase {
   int64_t items = 0;

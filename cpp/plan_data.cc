@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "parallel.h"
+
 namespace sparsetrain {
 namespace {
 
@@ -182,7 +184,7 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic. Others read a copy, which is
   // bounded.
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
-  const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min<int64_t>(fits / 2, 128));
+  const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min<int64_t>(fits, 256));
   const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
                 worth = std::max<int64_t>(16, plan->pointwise ? most * 3 / 4 : most / 4);
   const int64_t step = plan->classes.front().step;
@@ -192,6 +194,16 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   plan->tile_columns = ceil_div(ceil_div(plan->out_columns, column_tiles), step) * step;
   const int64_t row_tiles = ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns));
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
+}
+
+// Multiply-adds of a vector, of a call that does not skip.
+double multiply_adds(const Kernels& kernels, const DataPlan& plan) {
+  int64_t taps = 0;  // of all columns of a row of the result
+  for (const ColumnClass& c : plan.classes) {
+    for (const Strand& s : c.strands) taps += s.taps * c.columns;
+  }
+  const int64_t rows = plan.images * plan.out_rows * plan.kernel_rows;
+  return static_cast<double>(rows * taps * plan.channels * ceil_div(plan.features, kernels.lanes));
 }
 
 // The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
@@ -277,6 +289,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
   plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   plan.pair_density = 0.25f;
+  plan.serial = (mode == Mode::kDense ? 1 : density) * multiply_adds(kernels, plan) < kSerialCost;
   return plan;
 }
 
@@ -301,6 +314,7 @@ std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) 
   add("tiles", plan.row_tiles() * plan.column_tiles());
   add("copy", plan.copy);
   add("stream", plan.stream);
+  add("serial", plan.serial);
   add("dense_density", plan.dense_density);
   add("pair_density", plan.pair_density);
   return out;

@@ -75,6 +75,7 @@ struct DataPlan {
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row
   bool stream;           // the result by-passes the caches
+  bool serial;           // too small for threads
   float dense_density;   // a tile with at least this share of non-zeros runs dense
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
 

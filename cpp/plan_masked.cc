@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace sparsetrain {
 namespace {
@@ -20,6 +21,7 @@ struct Costs {
   double product;  // a multiply-add of a product: bound by loads; the sum over lanes is in it
   double element;  // listing an element of x and storing one of dlhs
   double channel;  // of a product, per channel, block and step: its filter, the mispredicted end
+  double filter;   // fetching a vector of a packed kernel that does not stay in L2
   double zero;     // zeroing as the result is written: reading x, per element
   double margin;   // a product must promise this share of the other ways' cost: they are surer
   // Of a class of points:
@@ -31,8 +33,8 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {1.12, 1.8, 110, 0.7, 0.95, 30, 1.4, 2, 0.97, 1.1};
-  return {1.22, 4, 110, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 2.1};
+  if (machine.caches.single_fma(machine.lanes)) return {1.12, 1.8, 110, 15, 0.7, 0.95, 30, 1.4, 2, 0.97, 1.1};
+  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 2.1};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -217,6 +219,11 @@ void plan_product(double density, const WeightsMachine& machine, MaskedPlan& pla
       plan.classes.push_back(std::move(cls));
     }
   }
+}
+
+// Channels of an item.
+void cut_channels(const WeightsMachine& machine, MaskedPlan& plan) {
+  const ConvShape& shape = plan.shape;
   // Lists and values of an item, some six bytes for each pixel and channel, share L2 with filters that pass by.
   int64_t pixels = 1, blocks = 0;
   for (const MaskedClass& cls : plan.classes) {
@@ -227,7 +234,7 @@ void plan_product(double density, const WeightsMachine& machine, MaskedPlan& pla
   const int64_t most = std::max(unit, machine.caches.l2_bytes / 2 / (6 * pixels) / unit * unit);
   int64_t pieces = ceil_div(shape.c, most);
   // Few blocks: threads share them by channels. Each copies g again.
-  if (blocks * pieces < 3 * machine.threads && machine.threads > 1) {
+  if (!plan.serial && blocks * pieces < 3 * machine.threads && machine.threads > 1) {
     pieces = std::max(pieces, std::min(ceil_div(3 * machine.threads, blocks), ceil_div(shape.c, 2 * unit)));
   }
   plan.channel_block = round_up(ceil_div(shape.c, pieces), unit);
@@ -256,6 +263,7 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
                                      densities.lhs, machine);
     }
   }
+  if (4 * plan.filter_floats > machine.caches.l2_bytes / 2) product += costs.filter * plan.filter_floats / plan.lanes;
   plan.product_cost = product;
   // The ordinary BWI has vectors of input features, of which the last may be mostly idle.
   dense *= static_cast<double>(round_up(shape.c, plan.lanes)) / static_cast<double>(shape.c);
@@ -282,6 +290,8 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   plan_product(densities.lhs, machine, plan);
   estimate(densities, machine, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
+  plan.serial = plan.product_cost < kSerialCost;
+  cut_channels(machine, plan);
   plan.product = mode != Mode::kDense && plan.product_cost < costs_of(machine).margin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
   return plan;

@@ -50,6 +50,7 @@ struct MaskedPlan {
   bool product;     // else the ordinary BWI, then zeroing
   bool sparse;      // zeros are expected to save work: the product, or the ordinary BWI skipping those of g
   bool stream;      // the result by-passes the caches
+  bool serial;      // a product too small for threads
   int lanes;
   std::vector<MaskedClass> classes;
   int64_t channel_block;

@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace sparsetrain {
 namespace {
@@ -14,7 +15,6 @@ constexpr double kThreesDensity = 0.35;  // above: three channels instead of two
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
-constexpr double kSerialCost = 150'000;  // below: a helper thread takes longer to start than the call
 
 // Costs in multiply-adds of a vector between registers.
 struct Costs {

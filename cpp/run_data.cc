@@ -476,10 +476,12 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                   result,
                   plan.stream && aligned && result.dtype == DType::kF32};
 
+  Executor alone;
+  Executor& threads = plan.serial ? alone : executor;
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
-  const int64_t groups =
-      std::clamp<int64_t>(tiles == 0 ? 1 : (3 * executor.concurrency() + tiles - 1) / tiles, 1, plan.blocks);
-  run_phases(executor,
+  const int64_t shares = threads.concurrency() > 1 ? 3 * threads.concurrency() : 1;
+  const int64_t groups = std::clamp<int64_t>(tiles == 0 ? 1 : (shares + tiles - 1) / tiles, 1, plan.blocks);
+  run_phases(threads,
              {
                  {packs_ahead ? plan.blocks * channel_blocks : 0,
                   [&](int64_t i) { layout.pack(k, rhs, i / channel_blocks, i % channel_blocks, packed.as<float>()); }},
@@ -490,7 +492,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                     const int64_t column = tile % column_tiles * plan.tile_columns;
                     const int64_t step = plan.classes.front().step;
                     // Threads take items in turn, so the next of this thread is about `concurrency` items on.
-                    const int64_t later = (i + executor.concurrency()) / groups * plan.tile_columns;
+                    const int64_t later = (i + threads.concurrency()) / groups * plan.tile_columns;
                     const bool fetch = plan.pointwise && row_tiles == 1 && later > column && later < plan.out_columns;
                     run_tile(
                         call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
