@@ -28,7 +28,7 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.08, 0.9, 1, 1.1};
+  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 0.95, 1, 1.1};
   return {8, 4, 5, 12, 1.2, 0.86, 3.1, 1.12};
 }
 
