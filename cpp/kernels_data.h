@@ -155,7 +155,7 @@ struct Sweep {
       const Vec value0 = Isa::broadcast(pixel0 + channel), value1 = Isa::broadcast(pixel1 + channel);
       unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
         constexpr int t = i / kVectors, v = i % kVectors;
-        const Vec w = Isa::load(f + i * kLanes);
+        const Vec w = Isa::load_shared(f + i * kLanes);
         Vec& sum0 = sums[kTaps - 1 - t][v];
         Vec& sum1 = sums[kTaps - t][v];
         sum0 = Isa::fma(value0, w, sum0);

@@ -108,12 +108,14 @@ struct Walk {
   }
 
   // Calls f(i, vector) with the dense vector of every sum i at the position that `dense` points to.
-  template <class F>
+  template <bool kShared, class F>
   static ST_INLINE void each(const float* dense, ptrdiff_t row, F&& f) {
     ST_OPAQUE(dense);
     unroll<kRows>([&](auto r) ST_LAMBDA {
-      unroll<kColumns * kVectors>(
-          [&](auto i) ST_LAMBDA { f(Index<r * kColumns * kVectors + i>{}, Isa::load(dense + i * Isa::kLanes)); });
+      unroll<kColumns * kVectors>([&](auto i) ST_LAMBDA {
+        const float* from = dense + i * Isa::kLanes;
+        f(Index<r * kColumns * kVectors + i>{}, kShared ? Isa::load_shared(from) : Isa::load(from));
+      });
       if constexpr (r + 1 < kRows) {
         dense += row;
         ST_OPAQUE(dense);
@@ -140,7 +142,7 @@ struct Walk {
     unroll<kTogether>([&](auto j) ST_LAMBDA {
       if constexpr ((kSet >> j & 1) != 0) x[j] = Isa::broadcast(values + j * args.value_pitch + i);
     });
-    each(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
+    each<(kSet & (kSet - 1)) != 0>(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
       unroll<kTogether>([&](auto j) ST_LAMBDA {
         if constexpr ((kSet >> j & 1) != 0) acc[j][t] = Isa::fma(x[j], y, acc[j][t]);
       });

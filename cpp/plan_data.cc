@@ -121,11 +121,13 @@ double walk_cost(const Costs& costs, double density, double load, int taps, int 
   return density * (taps * vectors * load + costs.visit) + (costs.sums * vectors + costs.ends / 2) / channel_block;
 }
 
-// Of dense sweeps: more than a load for three multiply-adds is felt, and so are the sums and the pass over the input.
+// Of dense sweeps: more than a load for three multiply-adds is felt, and so are the sums and the pass over the input. A
+// column takes a tap of each pixel of a step in turn, and eight multiply-adds are on their way at a time.
 double dense_cost(const Costs& costs, const Kernels& kernels, int taps, int vectors, int channel_block) {
   const int work = taps * vectors;
-  const double loads = 1.0 / kernels.data.dense_pixels[taps][vectors] + 1.0 / work;
-  return work * (1 + 0.58 * std::max(0.0, loads - 0.35)) + costs.sums * vectors / channel_block + 0.3;
+  const int pixels = kernels.data.dense_pixels[taps][vectors];
+  const double loads = 1.0 / pixels + 1.0 / work, waits = 8.0 / (std::max(taps, pixels) * vectors);
+  return work * std::max(1 + 0.58 * std::max(0.0, loads - 0.35), waits) + costs.sums * vectors / channel_block + 0.3;
 }
 
 // The cheapest blocking of features and channels. A filter block takes three quarters of L1, which it shares with the

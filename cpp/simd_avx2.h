@@ -60,6 +60,11 @@ struct Avx2 {
     store(p + kLanes, b);
   }
   static ST_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static ST_INLINE Vec load_shared(const float* p) {
+    Vec v = load(p);
+    asm("" : "+x"(v));
+    return v;
+  }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static ST_INLINE float sum(Vec v) {

@@ -52,6 +52,11 @@ struct Avx512 {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(even, mixed));
   }
   static ST_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static ST_INLINE Vec load_shared(const float* p) {
+    Vec v = load(p);
+    asm("" : "+v"(v));
+    return v;
+  }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #ifdef SPARSETRAIN_SINGLE_FMA

@@ -3,6 +3,7 @@
 //   load, store       any alignment, of float, Bf16 or F16: lanes are float32, converted as dtype.h says
 //                                              load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
 //   store_two         both vectors, one after the other
+//   load_shared       for several uses: into a register, where gcc would rather read memory for each when few are left
 //   stream            aligned, may by-pass                       is not written, and is never touched in memory
 //   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   keep              the lanes named by mask, zero elsewhere
@@ -122,6 +123,7 @@ struct Portable {
   static ST_INLINE void stream(float* p, Vec v) { store(p, v); }
   static ST_INLINE void stream_fence() {}
   static ST_INLINE Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
+  static ST_INLINE Vec load_shared(const float* p) { return load(p); }
   static ST_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static ST_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
