@@ -22,9 +22,10 @@ using namespace sparsetrain;
 
 namespace {
 
-// `density` is that of the operand whose zeros are skipped, of lhs where there is a choice.
+// `density` is that of the operand whose zeros are skipped, of lhs where there is a choice. fmas > 0: for a machine
+// like this one with so many 512-bit multiply-adds a cycle.
 std::map<std::string, std::string> plan(const std::string& component, const std::vector<int64_t>& dims,
-                                        const std::vector<int64_t>& geometry, double density) {
+                                        const std::vector<int64_t>& geometry, double density, int fmas) {
   if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
   if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
   const int64_t sh = geometry[0], sw = geometry[1];
@@ -35,22 +36,23 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   for (const int64_t x : {shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.oh, shape.ow, sh, sw}) {
     if (x < 1) throw std::invalid_argument("plan: every dimension and stride must be positive");
   }
+  Machine machine = sparsetrain::machine();
+  if (fmas > 0) machine.fmas = fmas;
+  const Kernels& k = kernels();
   std::vector<std::pair<std::string, std::string>> pairs;
   if (component == "fwd") {
-    pairs = describe(plan_data(DataOp::kFwd, shape, Mode::kAuto, DType::kF32, density, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kFwd, shape, Mode::kAuto, DType::kF32, density, machine, k));
   } else if (component == "bwd_input") {
-    pairs = describe(plan_data(DataOp::kBwdInput, shape, Mode::kAuto, DType::kF32, density, machine(), kernels()));
+    pairs = describe(plan_data(DataOp::kBwdInput, shape, Mode::kAuto, DType::kF32, density, machine, k));
   } else if (component == "bwd_weights") {
-    const Kernels& k = kernels();
-    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine(), k.lanes, k.registers, 1});
+    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, 1});
   } else if (component == "bwd_input_masked") {
-    const Kernels& k = kernels();
-    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{density, 1}, {machine(), k.lanes, k.registers, 1});
+    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, 1});
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }
   // Measured 0.24 to 0.67 of XLA's own vector code up to half zeros, whatever the shape.
-  if (&kernels() == &kKernelsPortable) pairs.emplace_back("lax", "the portable kernels lose to XLA's own convolution");
+  if (&k == &kKernelsPortable) pairs.emplace_back("lax", "the portable kernels lose to XLA's own convolution");
   return {pairs.begin(), pairs.end()};
 }
 
@@ -104,5 +106,6 @@ NB_MODULE(_native, m) {
   m.def("reset_counters", &reset_counters);
   m.def("widen", &widen, nb::arg("dtype"), nb::arg("values"));
   m.def("narrow", &narrow, nb::arg("dtype"), nb::arg("values"));
-  m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"), nb::arg("density"));
+  m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"), nb::arg("density"),
+        nb::arg("fmas") = 0);
 }

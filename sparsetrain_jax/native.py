@@ -67,7 +67,7 @@ def reset_counters() -> None:
 
 
 def plan(
-    component: str, dims: Sequence[int], geometry: Sequence[int], density: float = 0.5
+    component: str, dims: Sequence[int], geometry: Sequence[int], density: float = 0.5, fmas: int | None = None
 ) -> dict[str, int | float | str]:
     """What the handler of ``component`` would do: blocking, loop order, the densities at which it changes kernels.
 
@@ -76,8 +76,10 @@ def plan(
       dims: sizes [N, H, W, C, K, R, S], all positive.
       geometry: :attr:`~sparsetrain_jax.shapes.ConvSpec.geometry`.
       density: fraction of non-zeros of the operand whose zeros are skipped; for the weights, and with a mask, of lhs.
+      fmas: 512-bit multiply-adds a cycle, 1 or 2, of the machine to plan for. ``None``: those of this machine.
     """
-    return {key: _number(value) for key, value in _native.plan(component, list(dims), list(geometry), density).items()}
+    plan = _native.plan(component, list(dims), list(geometry), density, fmas or 0)
+    return {key: _number(value) for key, value in plan.items()}
 
 
 def _number(text: int | float | str) -> int | float | str:

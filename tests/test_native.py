@@ -50,6 +50,32 @@ def test_a_forced_isa_runs_other_kernels(isa: str) -> None:
     assert st.isa() == isa and plan
 
 
+def test_one_multiply_add_a_cycle_makes_skipping_pay_earlier(isa: str) -> None:
+    dims, geometry = [16, 28, 28, 128, 128, 3, 3], [1, 1, 1, 1, 1, 1]
+
+    def plans(component: str, density: float = 0.7) -> list[dict[str, Any]]:
+        return [native.plan(component, dims, geometry, density, fmas) for fmas in (1, 2)]
+
+    for component, key in (
+        ("fwd", "dense_density"),
+        ("bwd_input", "dense_density"),
+        ("bwd_weights", "break_even_density"),
+    ):
+        one, two = plans(component)
+        assert one[key] > two[key] if isa == "avx512" else one == two
+    one, two = plans("bwd_input_masked")
+    assert two["path"] != "product"
+    assert one["path"] == "product" if isa == "avx512" else one == two
+    assert plans("bwd_input_masked", 0.95)[0]["path"] != "product"
+
+
+@pytest.mark.parametrize("component", ["fwd", "bwd_input"])
+def test_calls_too_small_for_threads_are_serial(component: str, isa: str) -> None:
+    same = [1, 1, 1, 1, 1, 1]
+    assert native.plan(component, [1, 7, 7, 16, 16, 3, 3], same)["serial"]
+    assert not native.plan(component, [16, 56, 56, 64, 64, 3, 3], same)["serial"]
+
+
 def test_sparsetrain_isa_is_read_at_import() -> None:
     for name in st.available_isas():
         assert python("import sparsetrain_jax as st; print(st.isa())", SPARSETRAIN_ISA=name).stdout.strip() == name
