@@ -36,6 +36,7 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   for (const int64_t x : {shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.oh, shape.ow, sh, sw}) {
     if (x < 1) throw std::invalid_argument("plan: every dimension and stride must be positive");
   }
+  if (fmas < 0 || fmas > 2) throw std::invalid_argument("plan: fmas must be 1 or 2");
   Machine machine = sparsetrain::machine();
   if (fmas > 0) machine.fmas = fmas;
   const Kernels& k = kernels();

@@ -22,8 +22,14 @@ class Executor {
   virtual void schedule(std::function<void()> task) { (void)task; }
 };
 
-// Work of fewer multiply-adds of a vector is done before a helper has started.
+// Work of fewer multiply-adds of a vector, two of them a cycle, is done before a helper has started.
 constexpr double kSerialCost = 150'000;
+
+// An executor without helpers for what is too small for them.
+inline Executor& helpers_unless(bool serial, Executor& executor) {
+  static Executor alone;
+  return serial ? alone : executor;
+}
 
 // Independent items; all items of a phase end before the first item of the next phase begins.
 struct Phase {

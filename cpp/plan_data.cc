@@ -94,7 +94,8 @@ struct Costs {
   double scan;   // finding the zeros of 16 channels of a pixel in place
 };
 
-// Where there is one of these a cycle, loads, sums and mispredicted ends of lists partly hide behind it.
+// Where there is one of these a cycle (fitted to an emulation, bench/NOTES.md), loads, sums and mispredicted ends of
+// lists partly hide behind it.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
   if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.5, 15, 3, 3};
   return {1.27, 1.18, 1.09, 2, 70, 7.7, 6};
@@ -182,11 +183,13 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   // machine, but a small tile is not worth its filter traffic: from a quarter of that, or more where a filter block has
   // one tap and does little with each of its lines.
   constexpr int64_t kTiles = 16;
-  // One tap: every feature block reads all of the tile's input again. It should stay in L2, beside the next tile's that
-  // is fetched meanwhile; but a tile of few pixels is not worth its filter traffic. Others read a copy, which is
-  // bounded.
+  // One tap: every feature block reads all of the tile's input again. It should stay in L2, a quarter of it beside the
+  // next tile's that is fetched meanwhile; but a tile of few pixels is not worth its filter traffic, if there are
+  // enough of larger ones. Others read a copy, which is bounded.
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
-  const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min<int64_t>(fits, 256));
+  const int64_t pixels = plan->images * plan->out_rows * plan->out_columns;
+  const int64_t worthwhile = ceil_div(pixels, 256) * blocking.blocks >= kTiles ? 256 : 128;
+  const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min(fits * 4 / 5, worthwhile));
   const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
                 worth = std::max<int64_t>(16, plan->pointwise ? most * 3 / 4 : most / 4);
   const int64_t step = plan->classes.front().step;
@@ -198,14 +201,26 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
-// Multiply-adds of a vector, of a call that does not skip.
-double multiply_adds(const Kernels& kernels, const DataPlan& plan) {
-  int64_t taps = 0;  // of all columns of a row of the result
+// Of the whole call, roughly, in multiply-adds of a vector: these and what is done whatever the zeros.
+double call_cost(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
+  constexpr double kScan = 2, kResult = 8;        // a vector of the input, of the result
+  constexpr double kPackNear = 8, kPackFar = 26;  // a vector of a kernel that stays in L2, of another
+  int64_t taps = 0, column_taps = 0;              // of the kernel's rows; of all columns of a row of the result
   for (const ColumnClass& c : plan.classes) {
-    for (const Strand& s : c.strands) taps += s.taps * c.columns;
+    for (const Strand& s : c.strands) {
+      taps += s.taps;
+      column_taps += s.taps * c.columns;
+    }
   }
-  const int64_t rows = plan.images * plan.out_rows * plan.kernel_rows;
-  return static_cast<double>(rows * taps * plan.channels * ceil_div(plan.features, kernels.lanes));
+  // BWI: a row of the result meets every row_stride-th row of the kernel.
+  const int64_t rows = plan.images * plan.out_rows * plan.kernel_rows / (plan.op == DataOp::kFwd ? 1 : plan.row_stride);
+  const int64_t features = ceil_div(plan.features, kernels.lanes), channels = ceil_div(plan.channels, kernels.lanes);
+  const int64_t kernel = taps * plan.kernel_rows * plan.channels * features;
+  const double pack = 4 * kernel * kernels.lanes > machine.l2_bytes / 2 ? kPackFar : kPackNear;
+  return density * static_cast<double>(rows * column_taps * plan.channels * features) +
+         kScan * static_cast<double>(plan.images * plan.in_rows * plan.in_columns * channels) +
+         kResult * static_cast<double>(plan.images * plan.out_rows * plan.out_columns * features) +
+         pack * static_cast<double>(kernel);
 }
 
 // The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
@@ -284,14 +299,15 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   plan.copy = !plan.pointwise || dtype != DType::kF32;
   choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), &plan);
   plan.dense_density = dense_density(machine, kernels, taps, plan);
-  if (mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density)) {
+  const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
+  if (dense) {
     choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, true, density, plan), &plan);
   }
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
   plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   plan.pair_density = 0.25f;
-  plan.serial = (mode == Mode::kDense ? 1 : density) * multiply_adds(kernels, plan) < kSerialCost;
+  plan.serial = call_cost(machine, kernels, dense ? 1 : density, plan) < kSerialCost;
   return plan;
 }
 

@@ -9,6 +9,7 @@
 namespace sparsetrain {
 namespace {
 
+constexpr double kPackCost = 8;   // packing a vector of the kernel, in L2
 constexpr double kEmptyCost = 1;  // writing zeros where no tap meets a class, per element
 // Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
@@ -21,7 +22,7 @@ struct Costs {
   double product;  // a multiply-add of a product: bound by loads; the sum over lanes is in it
   double element;  // listing an element of x and storing one of dlhs
   double channel;  // of a product, per channel, block and step: its filter, the mispredicted end
-  double filter;   // fetching a vector of a packed kernel that does not stay in L2
+  double filter;   // packing a vector of a kernel that does not stay in L2, and fetching it again
   double zero;     // zeroing as the result is written: reading x, per element
   double margin;   // a product must promise this share of the other ways' cost: they are surer
   // Of a class of points:
@@ -290,7 +291,7 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   plan_product(densities.lhs, machine, plan);
   estimate(densities, machine, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
-  plan.serial = plan.product_cost < kSerialCost;
+  plan.serial = plan.product_cost + kPackCost * static_cast<double>(plan.filter_floats / plan.lanes) < kSerialCost;
   cut_channels(machine, plan);
   plan.product = mode != Mode::kDense && plan.product_cost < costs_of(machine).margin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
@@ -321,6 +322,7 @@ std::vector<std::pair<std::string, std::string>> describe_masked_plan(const Conv
     add("step", std::to_string(step.rows.taps) + "x" + std::to_string(step.columns.taps) + "x" +
                     std::to_string(step.vectors * plan.lanes));
   }
+  add("serial", std::to_string(plan.serial));
   add("product_cost", number(plan.product_cost));
   add("g_cost", number(plan.g_cost));
   add("dense_cost", number(plan.dense_cost));

@@ -10,6 +10,7 @@
 namespace sparsetrain {
 namespace {
 
+constexpr double kResultCost = 8;        // writing a vector of drhs
 constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
@@ -322,7 +323,8 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   best.sparse_cost = sparse_cost;
   best.dense_cost = dense_cost;
   best.fold = fold;
-  best.serial = std::min(sparse_cost, dense_cost) < kSerialCost;
+  const double result = kResultCost * static_cast<double>(ceil_div(shape.rhs_size(), best.lanes));
+  best.serial = std::min(sparse_cost, dense_cost) + result < kSerialCost;
   cut_items(machine, best);
   return best;
 }
@@ -344,6 +346,7 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("together", std::to_string(plan.together));
   add("channel_block", std::to_string(plan.channel_block));
   add("feature_block", std::to_string(plan.feature_block));
+  add("serial", std::to_string(plan.serial));
   add("chunks", std::to_string(plan.chunks));
   add("pixel_classes", std::to_string(plan.classes.size()));
   const PixelClass& cls = plan.classes.front();

@@ -476,8 +476,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                   result,
                   plan.stream && aligned && result.dtype == DType::kF32};
 
-  Executor alone;
-  Executor& threads = plan.serial ? alone : executor;
+  Executor& threads = helpers_unless(plan.serial, executor);
   // Few tiles: give each thread several shares of the features. Each scans the tile again.
   const int64_t shares = threads.concurrency() > 1 ? 3 * threads.concurrency() : 1;
   const int64_t groups = std::clamp<int64_t>(tiles == 0 ? 1 : (shares + tiles - 1) / tiles, 1, plan.blocks);

@@ -348,8 +348,7 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
     return;
   }
   SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
-  Executor alone;
-  Executor& threads = plan.serial ? alone : executor;
+  Executor& threads = helpers_unless(plan.serial, executor);
   const MaskedRun run(plan, threads.concurrency(), g, rhs, x, dlhs, filter.as<float>());
   run_phases(threads, {{run.packs(), [&run](int64_t index) { run.pack(index); }},
                        {run.items(), [&run](int64_t index) { run.run(index); }}});

@@ -476,8 +476,7 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstT
       plan_weights(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
   count(plan.sparse ? "conv_bwd_weights/sparse" : "conv_bwd_weights/dense");
   const WeightsRun run(plan, lhs, g, drhs);
-  Executor alone;
-  Executor& threads = plan.serial ? alone : executor;
+  Executor& threads = helpers_unless(plan.serial, executor);
   if (plan.chunks == 1) {
     run_phases(threads, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});
     return;

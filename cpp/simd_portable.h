@@ -1,11 +1,11 @@
 // Isa for any machine: 4 lanes through the compiler's vector extension. Also the definition of what every Isa offers.
 //
 //   load, store       any alignment, of float, Bf16 or F16: lanes are float32, converted as dtype.h says
-//                                              load_n, store_n   the first n <= kLanes lanes; the rest reads as zero,
-//   store_two         both vectors, one after the other
-//   load_shared       for several uses: into a register, where gcc would rather read memory for each when few are left
-//   stream            aligned, may by-pass                       is not written, and is never touched in memory
-//   broadcast         one float to all lanes   nonzero           a bit per lane that is neither +0.0 nor -0.0
+//   load_n, store_n   the first n <= kLanes lanes; the rest reads as zero, is not written, and is never touched in
+//   memory store_two         both vectors, one after the other stream            aligned, may by-pass the caches
+//   load_shared       of float, for several uses: from a register, when gcc would rather read memory again for each
+//   broadcast         one float to all lanes
+//   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   keep              the lanes named by mask, zero elsewhere
 //   add_sums          p[0..4) = (first ? 0 : p[0..4)) + the sums of the lanes of a, b, c, d
 //   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage

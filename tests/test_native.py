@@ -69,11 +69,22 @@ def test_one_multiply_add_a_cycle_makes_skipping_pay_earlier(isa: str) -> None:
     assert plans("bwd_input_masked", 0.95)[0]["path"] != "product"
 
 
-@pytest.mark.parametrize("component", ["fwd", "bwd_input"])
-def test_calls_too_small_for_threads_are_serial(component: str, isa: str) -> None:
+@pytest.mark.parametrize("component", ["fwd", "bwd_input", "bwd_weights", "bwd_input_masked"])
+def test_only_calls_too_small_for_threads_are_serial(component: str, isa: str) -> None:
     same = [1, 1, 1, 1, 1, 1]
     assert native.plan(component, [1, 7, 7, 16, 16, 3, 3], same)["serial"]
-    assert not native.plan(component, [16, 56, 56, 64, 64, 3, 3], same)["serial"]
+    for dims, density in (
+        ([16, 56, 56, 64, 64, 3, 3], 0.5),
+        ([16, 56, 56, 64, 64, 3, 3], 0.0),  # what is read and written whatever the zeros
+        ([1, 1, 1, 1024, 1024, 3, 3], 0.5),  # the kernel alone
+    ):
+        assert not native.plan(component, dims, same, density)["serial"]
+
+
+@pytest.mark.parametrize("fmas", [-1, 3])
+def test_no_machine_has_such_a_number_of_multiply_adds(fmas: int) -> None:
+    with pytest.raises(ValueError, match="fmas"):
+        native.plan("fwd", [1, 7, 7, 16, 16, 3, 3], [1, 1, 1, 1, 1, 1], 0.5, fmas)
 
 
 def test_sparsetrain_isa_is_read_at_import() -> None:
