@@ -1,11 +1,13 @@
 // The Python module: registrations, the choice of ISA, counters, and plans for tests and explain.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -22,10 +24,10 @@ using namespace sparsetrain;
 
 namespace {
 
-// `density` is that of the operand whose zeros are skipped, of lhs where there is a choice. fmas > 0: for a machine
-// like this one with so many 512-bit multiply-adds a cycle.
+// `density` is that of the operand whose zeros are skipped, of lhs where there is a choice. `fmas`, if given: for
+// a machine like this one with so many 512-bit multiply-adds a cycle.
 std::map<std::string, std::string> plan(const std::string& component, const std::vector<int64_t>& dims,
-                                        const std::vector<int64_t>& geometry, double density, int fmas) {
+                                        const std::vector<int64_t>& geometry, double density, std::optional<int> fmas) {
   if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
   if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
   const int64_t sh = geometry[0], sw = geometry[1];
@@ -36,9 +38,9 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   for (const int64_t x : {shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.oh, shape.ow, sh, sw}) {
     if (x < 1) throw std::invalid_argument("plan: every dimension and stride must be positive");
   }
-  if (fmas < 0 || fmas > 2) throw std::invalid_argument("plan: fmas must be 1 or 2");
   Machine machine = sparsetrain::machine();
-  if (fmas > 0) machine.fmas = fmas;
+  machine.fmas = fmas.value_or(machine.fmas);
+  if (machine.fmas != 1 && machine.fmas != 2) throw std::invalid_argument("plan: fmas must be 1 or 2");
   const Kernels& k = kernels();
   std::vector<std::pair<std::string, std::string>> pairs;
   if (component == "fwd") {
@@ -108,5 +110,5 @@ NB_MODULE(_native, m) {
   m.def("widen", &widen, nb::arg("dtype"), nb::arg("values"));
   m.def("narrow", &narrow, nb::arg("dtype"), nb::arg("values"));
   m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"), nb::arg("density"),
-        nb::arg("fmas") = 0);
+        nb::arg("fmas") = nb::none());
 }

@@ -22,8 +22,12 @@ class Executor {
   virtual void schedule(std::function<void()> task) { (void)task; }
 };
 
-// Work of fewer multiply-adds of a vector, two of them a cycle, is done before a helper has started.
-constexpr double kSerialCost = 150'000;
+// Whether a call of so many multiply-adds of a vector, two of them a cycle, that also packs or writes so many vectors,
+// is done before a helper has started.
+inline bool too_small_for_threads(double multiply_adds, int64_t written) {
+  constexpr double kSerialCost = 150'000, kWriteCost = 8;
+  return multiply_adds + kWriteCost * static_cast<double>(written) < kSerialCost;
+}
 
 // An executor without helpers for what is too small for them.
 inline Executor& helpers_unless(bool serial, Executor& executor) {

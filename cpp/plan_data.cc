@@ -183,29 +183,28 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   // machine, but a small tile is not worth its filter traffic: from a quarter of that, or more where a filter block has
   // one tap and does little with each of its lines.
   constexpr int64_t kTiles = 16;
+  const int64_t all_rows = plan->images * plan->out_rows, pixels = all_rows * plan->out_columns;
   // One tap: every feature block reads all of the tile's input again. It should stay in L2, a quarter of it beside the
   // next tile's that is fetched meanwhile; but a tile of few pixels is not worth its filter traffic, if there are
   // enough of larger ones. Others read a copy, which is bounded.
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
-  const int64_t pixels = plan->images * plan->out_rows * plan->out_columns;
   const int64_t worthwhile = ceil_div(pixels, 256) * blocking.blocks >= kTiles ? 256 : 128;
   const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min(fits * 4 / 5, worthwhile));
   const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
                 worth = std::max<int64_t>(16, plan->pointwise ? most * 3 / 4 : most / 4);
   const int64_t step = plan->classes.front().step;
-  const int64_t all_rows = plan->images * plan->out_rows;
-  const int64_t wanted = std::clamp(ceil_div(all_rows * plan->out_columns, kTiles), worth, most);
+  const int64_t wanted = std::clamp(ceil_div(pixels, kTiles), worth, most);
   const int64_t column_tiles = shareable(ceil_div(plan->out_columns, all_rows == 1 ? wanted : most));
   plan->tile_columns = ceil_div(ceil_div(plan->out_columns, column_tiles), step) * step;
   const int64_t row_tiles = ceil_div(all_rows, std::max<int64_t>(1, wanted / plan->tile_columns));
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
-// Of the whole call, roughly, in multiply-adds of a vector: these and what is done whatever the zeros.
-double call_cost(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
-  constexpr double kScan = 2, kResult = 8;        // a vector of the input, of the result
-  constexpr double kPackNear = 8, kPackFar = 26;  // a vector of a kernel that stays in L2, of another
-  int64_t taps = 0, column_taps = 0;              // of the kernel's rows; of all columns of a row of the result
+// Roughly: what the zeros leave to do, and what is done whatever they are.
+bool serial(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
+  constexpr double kScan = 2;         // finding the zeros of a vector of the input
+  constexpr double kFar = 18;         // more for a vector of a kernel that does not stay in L2
+  int64_t taps = 0, column_taps = 0;  // of the kernel's rows; of all columns of a row of the result
   for (const ColumnClass& c : plan.classes) {
     for (const Strand& s : c.strands) {
       taps += s.taps;
@@ -216,11 +215,11 @@ double call_cost(const Machine& machine, const Kernels& kernels, double density,
   const int64_t rows = plan.images * plan.out_rows * plan.kernel_rows / (plan.op == DataOp::kFwd ? 1 : plan.row_stride);
   const int64_t features = ceil_div(plan.features, kernels.lanes), channels = ceil_div(plan.channels, kernels.lanes);
   const int64_t kernel = taps * plan.kernel_rows * plan.channels * features;
-  const double pack = 4 * kernel * kernels.lanes > machine.l2_bytes / 2 ? kPackFar : kPackNear;
-  return density * static_cast<double>(rows * column_taps * plan.channels * features) +
-         kScan * static_cast<double>(plan.images * plan.in_rows * plan.in_columns * channels) +
-         kResult * static_cast<double>(plan.images * plan.out_rows * plan.out_columns * features) +
-         pack * static_cast<double>(kernel);
+  const int64_t result = plan.images * plan.out_rows * plan.out_columns * features;
+  double work = density * static_cast<double>(rows * column_taps * plan.channels * features) +
+                kScan * static_cast<double>(plan.images * plan.in_rows * plan.in_columns * channels);
+  if (4 * kernel * kernels.lanes > machine.l2_bytes / 2) work += kFar * static_cast<double>(kernel);
+  return too_small_for_threads(work, kernel + result);
 }
 
 // The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
@@ -307,7 +306,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
   plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   plan.pair_density = 0.25f;
-  plan.serial = call_cost(machine, kernels, dense ? 1 : density, plan) < kSerialCost;
+  plan.serial = serial(machine, kernels, dense ? 1 : density, plan);
   return plan;
 }
 

@@ -9,7 +9,6 @@
 namespace sparsetrain {
 namespace {
 
-constexpr double kPackCost = 8;   // packing a vector of the kernel, in L2
 constexpr double kEmptyCost = 1;  // writing zeros where no tap meets a class, per element
 // Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
@@ -291,7 +290,7 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   plan_product(densities.lhs, machine, plan);
   estimate(densities, machine, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
-  plan.serial = plan.product_cost + kPackCost * static_cast<double>(plan.filter_floats / plan.lanes) < kSerialCost;
+  plan.serial = too_small_for_threads(plan.product_cost, plan.filter_floats / plan.lanes);
   cut_channels(machine, plan);
   plan.product = mode != Mode::kDense && plan.product_cost < costs_of(machine).margin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);

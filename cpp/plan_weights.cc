@@ -10,7 +10,6 @@
 namespace sparsetrain {
 namespace {
 
-constexpr double kResultCost = 8;        // writing a vector of drhs
 constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
@@ -323,8 +322,7 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   best.sparse_cost = sparse_cost;
   best.dense_cost = dense_cost;
   best.fold = fold;
-  const double result = kResultCost * static_cast<double>(ceil_div(shape.rhs_size(), best.lanes));
-  best.serial = std::min(sparse_cost, dense_cost) + result < kSerialCost;
+  best.serial = too_small_for_threads(std::min(sparse_cost, dense_cost), ceil_div(shape.rhs_size(), best.lanes));
   cut_items(machine, best);
   return best;
 }

@@ -1,8 +1,9 @@
 // Isa for any machine: 4 lanes through the compiler's vector extension. Also the definition of what every Isa offers.
 //
 //   load, store       any alignment, of float, Bf16 or F16: lanes are float32, converted as dtype.h says
-//   load_n, store_n   the first n <= kLanes lanes; the rest reads as zero, is not written, and is never touched in
-//   memory store_two         both vectors, one after the other stream            aligned, may by-pass the caches
+//   load_n, store_n   the first n <= kLanes lanes; the rest reads as zero, is not written, and never touched in memory
+//   store_two         both vectors, one after the other
+//   stream            aligned, may by-pass the caches
 //   load_shared       of float, for several uses: from a register, when gcc would rather read memory again for each
 //   broadcast         one float to all lanes
 //   nonzero           a bit per lane that is neither +0.0 nor -0.0

@@ -78,7 +78,7 @@ def plan(
       density: fraction of non-zeros of the operand whose zeros are skipped; for the weights, and with a mask, of lhs.
       fmas: 512-bit multiply-adds a cycle, 1 or 2, of the machine to plan for. ``None``: those of this machine.
     """
-    plan = _native.plan(component, list(dims), list(geometry), density, fmas or 0)
+    plan = _native.plan(component, list(dims), list(geometry), density, fmas)
     return {key: _number(value) for key, value in plan.items()}
 
 

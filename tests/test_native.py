@@ -81,7 +81,7 @@ def test_only_calls_too_small_for_threads_are_serial(component: str, isa: str) -
         assert not native.plan(component, dims, same, density)["serial"]
 
 
-@pytest.mark.parametrize("fmas", [-1, 3])
+@pytest.mark.parametrize("fmas", [-1, 0, 3])
 def test_no_machine_has_such_a_number_of_multiply_adds(fmas: int) -> None:
     with pytest.raises(ValueError, match="fmas"):
         native.plan("fwd", [1, 7, 7, 16, 16, 3, 3], [1, 1, 1, 1, 1, 1], 0.5, fmas)
