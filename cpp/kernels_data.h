@@ -158,8 +158,8 @@ struct Sweep {
         const Vec w = Isa::load_shared(f + i * kLanes);
         Vec& sum0 = sums[kTaps - 1 - t][v];
         Vec& sum1 = sums[kTaps - t][v];
-        sum0 = Isa::fma(value0, w, sum0);
-        sum1 = Isa::fma(value1, w, sum1);
+        Isa::fma_shared(value0, w, sum0);
+        Isa::fma_shared(value1, w, sum1);
       });
     }
   }
@@ -260,10 +260,10 @@ struct DenseSweep {
       unroll<kCount>([&](auto p) ST_LAMBDA { values[p] = Isa::broadcast(pixels[p] + channel); });
       unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
         constexpr int t = i / kVectors, v = i % kVectors;
-        const Vec w = Isa::load(filter + i * kLanes);
+        const Vec w = Isa::load_shared(filter + i * kLanes);
         unroll<kCount>([&](auto p) ST_LAMBDA {
           Vec& sum = sums[p + kTaps - 1 - t][v];
-          sum = Isa::fma(values[p], w, sum);
+          Isa::fma_shared(values[p], w, sum);
         });
       });
     }

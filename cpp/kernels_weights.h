@@ -142,9 +142,11 @@ struct Walk {
     unroll<kTogether>([&](auto j) ST_LAMBDA {
       if constexpr ((kSet >> j & 1) != 0) x[j] = Isa::broadcast(values + j * args.value_pitch + i);
     });
-    each<(kSet & (kSet - 1)) != 0>(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
+    constexpr bool kShared = (kSet & (kSet - 1)) != 0;
+    each<kShared>(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
       unroll<kTogether>([&](auto j) ST_LAMBDA {
-        if constexpr ((kSet >> j & 1) != 0) acc[j][t] = Isa::fma(x[j], y, acc[j][t]);
+        if constexpr ((kSet >> j & 1) == 0) return;
+        kShared ? Isa::fma_shared(x[j], y, acc[j][t]) : void(acc[j][t] = Isa::fma(x[j], y, acc[j][t]));
       });
     });
   }

@@ -67,6 +67,10 @@ struct Avx2 {
   }
   static ST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  // Left to itself, gcc may add into b's register and then move sums about, some of them through the stack.
+  static ST_INLINE void fma_shared(Vec a, Vec b, Vec& sum) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  }
   static ST_INLINE float sum(Vec v) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));

@@ -64,6 +64,7 @@ struct Avx512 {
 #endif
     return _mm512_fmadd_ps(a, b, c);
   }
+  static ST_INLINE void fma_shared(Vec a, Vec b, Vec& sum) { sum = fma(a, b, sum); }
   static ST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   static ST_INLINE void add_sums(float* p, bool first, Vec a, Vec b, Vec c, Vec d) {
     const __m512 ab = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));

@@ -127,6 +127,7 @@ struct Portable {
   static ST_INLINE Vec load_shared(const float* p) { return load(p); }
   static ST_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static ST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static ST_INLINE void fma_shared(Vec a, Vec b, Vec& sum) { sum = fma(a, b, sum); }
   static ST_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static ST_INLINE void add_sums(float* p, bool first, Vec a, Vec b, Vec c, Vec d) {
     const Vec sums = {sum(a), sum(b), sum(c), sum(d)};
