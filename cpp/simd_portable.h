@@ -6,6 +6,7 @@
 //   stream            aligned, may by-pass the caches
 //   load_shared       of float, for several uses: from a register, when gcc would rather read memory again for each
 //   broadcast         one float to all lanes
+//   fma_shared        adds a * b to sum, where several of them take the same b, which is in a register
 //   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   keep              the lanes named by mask, zero elsewhere
 //   add_sums          p[0..4) = (first ? 0 : p[0..4)) + the sums of the lanes of a, b, c, d
