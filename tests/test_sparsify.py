@@ -139,8 +139,8 @@ PROVEN = {
     "maximum over a dimension": lambda x: relu(x).max(1, keepdims=True),
     "average-pool": lambda x: nn.avg_pool(relu(x), (2, 2), strides=(2, 2)),
     "average-pool without counting padding": lambda x: nn.avg_pool(
-        relu(x), (2, 2), strides=(1, 1), padding=((0, 2), (0, 2)), count_include_pad=False
-    )[:, ::2, ::2],
+        relu(x), (2, 2), strides=(1, 1), padding=((0, 1), (0, 1)), count_include_pad=False
+    )[:, 1::2, 1::2],
     "mean over a dimension": lambda x: relu(x)[:, :4].mean(1, keepdims=True),
     "sum of two": lambda x: relu(x) + relu(-x),
     "sum with a positive constant": lambda x: relu(x) + 1,
