@@ -146,7 +146,11 @@ struct Walk {
     each<kShared>(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
       unroll<kTogether>([&](auto j) ST_LAMBDA {
         if constexpr ((kSet >> j & 1) == 0) return;
-        kShared ? Isa::fma_shared(x[j], y, acc[j][t]) : void(acc[j][t] = Isa::fma(x[j], y, acc[j][t]));
+        if constexpr (kShared) {
+          Isa::fma_shared(x[j], y, acc[j][t]);
+        } else {
+          acc[j][t] = Isa::fma(x[j], y, acc[j][t]);
+        }
       });
     });
   }

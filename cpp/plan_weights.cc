@@ -30,8 +30,8 @@ struct Costs {
 Costs costs_of(const WeightsMachine& machine) {
   if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 0.95, 1, 1.1};
   // Sixteen registers hold too few sums for channels to share loads.
-  if (machine.lanes == 8) return {8, 4, 5, 12, 1.4, 0.86, 3.1, 1.12};
-  return {8, 4, 5, 12, 1.2, 0.86, 3.1, 1.12};
+  const double walk = machine.lanes == 8 ? 1.4 : 1.2;
+  return {8, 4, 5, 12, walk, 0.86, 3.1, 1.12};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
