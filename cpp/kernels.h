@@ -19,15 +19,43 @@ constexpr int kMaxBlock = 64;   // input channels of one sweep: a bit each in a 
 
 constexpr int kFmaBurst = 12;  // enough to hide the latency, few enough for 16 registers
 
+// How a scan leaves the values of a row and channel block, for the sweeps that read them.
+enum class Packing {
+  kAll,      // every value: pixel by pixel
+  kSingles,  // the non-zeros, pixel by pixel
+  kPairs,    // the non-zeros of pixels 0 and 1, of 2 and 3, ...: of the first where the second has one, too, of the
+           // second there, then what is left of the first, and of the second
+};
+
 // One sweep: a row of input pixels, one block of input channels, the taps of one filter row, one block of output
-// features. Pixel i contributes values[i*value_pitch + c] * filter[c][t][:] to output column first + i + taps-1-t.
+// features. Pixel i contributes value[i][c] * filter[c][t][:] to output column first + i + taps-1-t. The sums of a row
+// lie in scratch that has room for all columns that the pixels reach, first .. first + taps-1 + pixels (one more if
+// that is odd), also where the result has none.
 struct SweepArgs {
-  const float* values;
-  ptrdiff_t value_pitch;  // floats between pixels
-  const uint64_t* masks;  // a pixel's channels to visit, a bit each
-  uint64_t all_channels;  // the mask of a pixel without zeros: as many low bits as the block has channels
+  const float* values;    // packed: by pair_mask as kPairs or kSingles
+  const uint64_t* masks;  // a pixel's channels to visit, a bit each; zero for the one that makes an odd number even
   uint64_t pair_mask;     // all ones: two pixels share filter loads; zero: pixel by pixel (few non-zeros)
   const float* filter;    // [channel][tap][vectors * lanes], 64-byte aligned
+  int pixels;
+  int first;    // may be negative
+  int columns;  // of the result
+  float* sums;  // [column][vectors * lanes], of column 0
+  bool zero;    // sums start from zero
+  // Not null: where the sums should go instead, all features of columns [0, columns). A sweep that does so returns
+  // true.
+  float* out;
+  ptrdiff_t out_pitch;  // floats between columns of out
+  bool stream;          // out by-passes the caches (64-byte aligned)
+};
+
+// The same for values that are not packed, and for sums that may go to their final place.
+struct PlacedSweepArgs {
+  const float* values;
+  ptrdiff_t value_pitch;  // floats between pixels
+  const uint64_t* masks;
+  uint64_t all_channels;  // the mask of a pixel without zeros: as many low bits as the block has channels
+  uint64_t pair_mask;
+  const float* filter;
   int pixels;
   int first;             // may be negative; columns outside [0, columns) are dropped
   int columns;           // output columns of the row
@@ -36,8 +64,8 @@ struct SweepArgs {
   ptrdiff_t out_pitch;   // floats between columns of out
   int out_features;      // features that exist in out, 1..vectors * lanes
   const float* keep;     // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
-  int value_lines;       // lines of 64 bytes of a pixel's block that 1-tap sweeps fetch into L1 two pixels ahead
-  const char* prefetch;  // 1-tap sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
+  int value_lines;       // lines of 64 bytes of a pixel's block that point sweeps fetch into L1 two pixels ahead
+  const char* prefetch;  // sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
   bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
   // 1-tap sweeps that finish a narrow result store it themselves: while they wait for loads, rounding is free.
@@ -45,18 +73,22 @@ struct SweepArgs {
   void* narrow_out;  // this stands for `out`, and neither `keep` nor `stream` is there
 };
 
-// Scan of a row: masks, and a contiguous copy of the values per channel block. Channel block b of pixel i goes to
-// masks[b*mask_pitch + i] and copy[b*copy_pitch + i*block + ...]; tails are zero. Returns the number of non-zeros.
+// Scan of a row: masks, and a copy of the values per channel block. Channel block b of pixel i goes to
+// masks[b*mask_pitch + i] and, with Packing::kAll, to copy[b*copy_pitch + i*block + ...], where tails are zero; packed
+// values of a block go to copy[b*copy_pitch + ...], and kPackedSlack floats behind them may be overwritten. Returns the
+// number of non-zeros.
+constexpr int kPackedSlack = 16;
 struct ScanArgs {
   const void* values;
   ptrdiff_t value_pitch;
   int pixels;
   int channels;
   int block;        // channels of a block, <= kMaxBlock, multiple of lanes
-  uint64_t* masks;  // null: copy only, and nothing is counted
+  uint64_t* masks;  // null: copy of all only, and nothing is counted
   ptrdiff_t mask_pitch;
   float* copy;  // null: masks only
   ptrdiff_t copy_pitch;
+  Packing packing;
 };
 
 // Moves rows of sums to their place in a tensor: out[row][i] = sums[row][i], i < features.
@@ -68,19 +100,25 @@ struct FinishArgs {
   void* out;
   ptrdiff_t out_pitch;
   const void* keep;  // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
+  bool stream;       // float32 by-passes the caches (64-byte aligned, whole vectors), if `keep` is null
 };
 
 struct DataKernels {
   // `rounds` times kFmaBurst independent multiply-adds of a vector, nothing else: the peak that figures are compared
   // with.
   void (*fma_burst)(int64_t rounds);
-  void (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
-  // The same for all channels of all pixels: neither masks nor pair_mask are looked at.
-  void (*dense_sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);
+  bool (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
+  // Of one tap, for which packing would take too long.
+  void (*point_sweep[kMaxVectors + 1])(const PlacedSweepArgs&);
+  // Of all channels of all pixels: neither masks nor pair_mask are looked at.
+  void (*dense_sweep[kMaxTaps + 1][kMaxVectors + 1])(const PlacedSweepArgs&);
   int dense_pixels[kMaxTaps + 1][kMaxVectors + 1];  // that it takes at a time
   void (*stream_fence)();                           // after sweeps that streamed, before another thread may read
   int64_t (*scan[kDTypes])(const ScanArgs&);
   void (*widen[kDTypes])(const void* src, float* dst, int64_t count);
+  // dst[i][j] = src[i][j], i < rows, j < cols; pads j up to width with zeros.
+  void (*pack[kDTypes])(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols,
+                        int width);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.
   void (*transpose[kDTypes])(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);
   void (*finish[kDTypes][kDTypes])(const FinishArgs&);  // [of keep][of out]; null unless they agree or out is float32

@@ -9,12 +9,16 @@
 // - Two pixels a step. Channels that are non-zero in both load each filter vector once for two FMAs; then those of the
 //   first pixel only, then those of the second only.
 //
+// - Only what is not zero is copied for the sweeps, in the order in which they want it (scan).
+//
 // The accumulators are a window over taps + 1 output columns. Pixels x and x + 1 (x even) reach columns
-// first + x .. first + x + taps; after them the first two columns are finished, and the window moves on by two.
+// first + x .. first + x + taps; after them the first two columns are finished, and the window moves on by two. What
+// pixels at the ends of a row reach beyond its columns goes to padding.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -29,7 +33,7 @@ struct Columns {
   static constexpr int kFeatures = kVectors * kLanes;
   using Vec = typename Isa::Vec;
 
-  static ST_INLINE bool inside(const SweepArgs& a, int column) {
+  static ST_INLINE bool inside(const PlacedSweepArgs& a, int column) {
     return static_cast<unsigned>(column) < static_cast<unsigned>(a.columns);
   }
 
@@ -37,11 +41,15 @@ struct Columns {
     unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::load(tile + v * kLanes); });
   }
 
+  static ST_INLINE void save(float* tile, const Vec (&sums)[kVectors]) {
+    unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(tile + v * kLanes, sums[v]); });
+  }
+
   static ST_INLINE void clear(Vec (&sums)[kVectors]) {
     unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::zero(); });
   }
 
-  static ST_INLINE void load_if_inside(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
+  static ST_INLINE void load_if_inside(const PlacedSweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (a.tile != nullptr && inside(a, column)) {
       load(a.tile + static_cast<ptrdiff_t>(column) * kFeatures, sums);
     } else {
@@ -50,11 +58,11 @@ struct Columns {
   }
 
   // Whether columns go out by stores of whole vectors.
-  static ST_INLINE bool plain(const SweepArgs& a) {
+  static ST_INLINE bool plain(const PlacedSweepArgs& a) {
     return !a.stream && a.out_features == kFeatures && a.out_dtype == DType::kF32;
   }
 
-  static ST_INLINE void store(const SweepArgs& a, ptrdiff_t offset, const Vec (&sums)[kVectors]) {
+  static ST_INLINE void store(const PlacedSweepArgs& a, ptrdiff_t offset, const Vec (&sums)[kVectors]) {
     float* out = a.out + offset;
     if (a.keep == nullptr) {
       unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
@@ -69,7 +77,7 @@ struct Columns {
   }
 
   template <class T>
-  static ST_INLINE void store_narrow(const SweepArgs& a, int column, const Vec (&sums)[kVectors]) {
+  static ST_INLINE void store_narrow(const PlacedSweepArgs& a, int column, const Vec (&sums)[kVectors]) {
     T* out = static_cast<T*>(a.narrow_out) + column * a.out_pitch;
     if (a.out_features == kFeatures) {
       unroll<kVectors / 2>([&](auto v)
@@ -84,7 +92,7 @@ struct Columns {
   }
 
   // The other ways of a column to its place; nothing for a column that is not there.
-  static ST_INLINE void store_specially(const SweepArgs& a, int column, Vec (&sums)[kVectors]) {
+  static ST_INLINE void store_specially(const PlacedSweepArgs& a, int column, Vec (&sums)[kVectors]) {
     if (!inside(a, column)) return;
     if constexpr (kTaps == 1) {
       if (a.out_dtype == DType::kBf16) return store_narrow<Bf16>(a, column, sums);
@@ -124,59 +132,198 @@ struct Sweep {
   using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
   using Window = Vec[kTaps + 1][kVectors];
 
+  static ST_INLINE const float* next(uint64_t& mask, const float* filter) {
+    const float* f = filter + static_cast<size_t>(__builtin_ctzll(mask)) * (kTaps * kFeatures);
+    mask &= mask - 1;
+    ST_OPAQUE(f);
+    return f;
+  }
+
+  // Channels of one pixel; its tap t belongs to window column kBase + taps-1-t. The first kLeft and the last kRight
+  // columns of the window are not there.
+  template <int kBase, int kLeft, int kRight>
+  static ST_INLINE void visit_single(Window& sums, uint64_t mask, const float*& values, const float* filter) {
+    while (mask != 0) {
+      const float* f = next(mask, filter);
+      const Vec value = Isa::broadcast(values++);
+      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
+        if constexpr (p >= kLeft && p <= kTaps - kRight) {
+          sums[p][v] = Isa::fma(value, Isa::load(f + i * kLanes), sums[p][v]);
+        }
+      });
+    }
+  }
+
+  template <int kLeft, int kRight>
+  static ST_INLINE void visit_both(Window& sums, uint64_t mask, const float*& values0, const float*& values1,
+                                   const float* filter) {
+    while (mask != 0) {
+      const float* f = next(mask, filter);
+      const Vec value0 = Isa::broadcast(values0++), value1 = Isa::broadcast(values1++);
+      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int p = kTaps - 1 - i / kVectors, v = i % kVectors;
+        const Vec w = Isa::load_shared(f + i * kLanes);
+        if constexpr (p >= kLeft && p <= kTaps - kRight) Isa::fma_shared(value0, w, sums[p][v]);
+        if constexpr (p + 1 >= kLeft && p + 1 <= kTaps - kRight) Isa::fma_shared(value1, w, sums[p + 1][v]);
+      });
+    }
+  }
+
+  // With few non-zeros, what a step does beside its visits is half of its time: no more than this.
+  struct Place {
+    const uint64_t* masks;
+    const float* values;
+    float* sums;  // of the window's first column
+    const float* filter;
+    uint64_t pair_mask;
+    bool zero;
+    float* out;  // of that column, too; only for kOut
+    ptrdiff_t out_pitch;
+    bool stream;
+  };
+
+  template <bool kOut>
+  static ST_INLINE void save(const Place& at, int column, const Vec (&sums)[kVectors]) {
+    if constexpr (!kOut) {
+      Columns::save(at.sums + column * kFeatures, sums);
+    } else if (at.stream) {
+      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(at.out + column * at.out_pitch + v * kLanes, sums[v]); });
+    } else {
+      Columns::save(at.out + column * at.out_pitch, sums);
+    }
+  }
+
+  template <bool kOut, int kLeft, int kRight>
+  static ST_INLINE void step(Window& sums, Place& at) {
+    uint64_t mask0 = at.masks[0], mask1 = at.masks[1];
+    at.masks += 2;
+    if (__builtin_expect(at.zero, 0)) {
+      Columns::clear(sums[kTaps - 1]);
+      Columns::clear(sums[kTaps]);
+    } else {
+      Columns::load(at.sums + (kTaps - 1) * kFeatures, sums[kTaps - 1]);
+      Columns::load(at.sums + kTaps * kFeatures, sums[kTaps]);
+    }
+    const uint64_t both = mask0 & mask1 & at.pair_mask;
+    mask0 ^= both;
+    mask1 ^= both;
+    const float* second = at.values + __builtin_popcountll(both);
+    visit_both<kLeft, kRight>(sums, both, at.values, second, at.filter);
+    visit_single<0, kLeft, kRight>(sums, mask0, second, at.filter);
+    visit_single<1, kLeft, kRight>(sums, mask1, second, at.filter);
+    at.values = second;
+    if constexpr (!kOut || kLeft == 0) save<kOut>(at, 0, sums[0]);
+    save<kOut>(at, 1, sums[1]);
+    at.sums += 2 * kFeatures;
+    if constexpr (kOut) at.out += 2 * at.out_pitch;
+    unroll<(kTaps - 1) * kVectors>([&](auto i) ST_LAMBDA {
+      constexpr int p = i / kVectors, v = i % kVectors;
+      sums[p][v] = sums[p + 2][v];
+    });
+  }
+
+  static ST_INLINE void load(const Place& at, Window& sums) {
+    unroll<kTaps - 1>([&](auto p) ST_LAMBDA {
+      if (at.zero) {
+        Columns::clear(sums[p]);
+      } else {
+        Columns::load(at.sums + p * kFeatures, sums[p]);
+      }
+    });
+  }
+
+  // Three taps of padded images are worth steps of their own at both ends, which leave out what is beyond them.
+  template <bool kOut>
+  static ST_INLINE void run_padded(Place at, int pixels) {
+    Window sums;
+    load(at, sums);
+    const uint64_t* end = at.masks + (pixels - 1) / 2 * 2;
+    step<kOut, 1, 0>(sums, at);
+    while (at.masks < end) step<kOut, 0, 0>(sums, at);
+    if (pixels % 2 == 0) {
+      step<kOut, 0, 1>(sums, at);
+      save<kOut>(at, 0, sums[0]);
+    } else {
+      step<kOut, 0, 2>(sums, at);
+    }
+  }
+
+  static bool run(const SweepArgs& a) {
+    const ptrdiff_t first = a.first;
+    Place at{a.masks, a.values, a.sums + first * kFeatures, a.filter, a.pair_mask, a.zero, nullptr, 0, false};
+    if constexpr (kTaps == 3) {
+      if (a.first == -1 && a.pixels == a.columns && a.pixels > 2) {
+        if (a.out == nullptr) {
+          run_padded<false>(at, a.pixels);
+          return false;
+        }
+        at.out = a.out + first * a.out_pitch;
+        at.out_pitch = a.out_pitch;
+        at.stream = a.stream;
+        run_padded<true>(at, a.pixels);
+        return true;
+      }
+    }
+    Window sums;
+    load(at, sums);
+    const uint64_t* end = at.masks + (a.pixels + 1) / 2 * 2;
+    while (at.masks < end) step<false, 0, 0>(sums, at);
+    unroll<kTaps - 1>([&](auto p) ST_LAMBDA { save<false>(at, p, sums[p]); });
+    return false;
+  }
+};
+
+// One tap, values in place, sums that may go straight to the result.
+template <class Isa, int kVectors>
+struct PointSweep {
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kFeatures = kVectors * kLanes;
+  using Vec = typename Isa::Vec;
+  using Columns = sparsetrain::Columns<Isa, 1, kVectors>;
+  using Sums = Vec[kVectors];
+
   static ST_INLINE int next(uint64_t& mask) {
     const int channel = __builtin_ctzll(mask);
     mask &= mask - 1;
     return channel;
   }
 
-  // Channels of one pixel; its tap t belongs to window column kBase + taps-1-t.
-  template <int kBase>
-  static ST_INLINE void visit_single(Window& sums, uint64_t mask, const float* pixel, const float* filter) {
+  static ST_INLINE void visit_single(Sums& sums, uint64_t mask, const float* pixel, const float* filter) {
     while (mask != 0) {
       const int channel = next(mask);
-      const float* f = filter + static_cast<size_t>(channel) * (kTaps * kFeatures);
+      const float* f = filter + static_cast<size_t>(channel) * kFeatures;
       ST_OPAQUE(f);
       const Vec value = Isa::broadcast(pixel + channel);
-      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
-        constexpr int t = i / kVectors, v = i % kVectors;
-        Vec& sum = sums[kBase + kTaps - 1 - t][v];
-        sum = Isa::fma(value, Isa::load(f + i * kLanes), sum);
-      });
+      unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::fma(value, Isa::load(f + v * kLanes), sums[v]); });
     }
   }
 
-  static ST_INLINE void visit_both(Window& sums, uint64_t mask, const float* pixel0, const float* pixel1,
+  static ST_INLINE void visit_both(Sums& sums0, Sums& sums1, uint64_t mask, const float* pixel0, const float* pixel1,
                                    const float* filter) {
     while (mask != 0) {
       const int channel = next(mask);
-      const float* f = filter + static_cast<size_t>(channel) * (kTaps * kFeatures);
+      const float* f = filter + static_cast<size_t>(channel) * kFeatures;
       ST_OPAQUE(f);
       const Vec value0 = Isa::broadcast(pixel0 + channel), value1 = Isa::broadcast(pixel1 + channel);
-      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
-        constexpr int t = i / kVectors, v = i % kVectors;
-        const Vec w = Isa::load_shared(f + i * kLanes);
-        Vec& sum0 = sums[kTaps - 1 - t][v];
-        Vec& sum1 = sums[kTaps - t][v];
-        Isa::fma_shared(value0, w, sum0);
-        Isa::fma_shared(value1, w, sum1);
+      unroll<kVectors>([&](auto v) ST_LAMBDA {
+        const Vec w = Isa::load_shared(f + v * kLanes);
+        Isa::fma_shared(value0, w, sums0[v]);
+        Isa::fma_shared(value1, w, sums1[v]);
       });
     }
   }
 
-  // The loop visits every column once, also those that no pixel reaches: it starts before the first pixel when that is
-  // needed to load column 0, and goes on with empty masks after the last. Most steps are `inner` ones, whose pixels and
+  // The loop visits every column once, also those that no pixel reaches. Most steps are `inner` ones, whose pixels and
   // columns all exist: with few non-zeros, what a step does beside its visits is half of its time.
-  static void run(const SweepArgs& args) {
-    const SweepArgs a = args;
+  static void run(const PlacedSweepArgs& args) {
+    const PlacedSweepArgs a = args;
     const char* prefetch = a.prefetch;
     const bool plain = Columns::plain(a);
-    Window sums;
-    unroll<(kTaps + 1) * kVectors>([&](auto i) ST_LAMBDA { sums[i / kVectors][i % kVectors] = Isa::zero(); });
-    const int lead = a.first + kTaps - 1;
-    const int begin = lead > 0 ? -((lead + 1) & ~1) : -lead & ~1;
+    Sums sums0, sums1;
+    const int begin = a.first > 0 ? -((a.first + 1) & ~1) : -a.first & ~1;
     const int inner_begin = -a.first > 0 ? -a.first : 0;
-    const int inner_end = a.columns - kTaps - a.first < a.pixels - 1 ? a.columns - kTaps - a.first : a.pixels - 1;
+    const int inner_end = a.columns - 1 - a.first < a.pixels - 1 ? a.columns - 1 - a.first : a.pixels - 1;
     const float* pixel0 = a.values + begin * a.value_pitch;
     ptrdiff_t out = (a.first + begin) * a.out_pitch;
     for (int x = begin; a.first + x < a.columns; x += 2) {
@@ -188,45 +335,37 @@ struct Sweep {
         mask0 = a.masks[x];
         mask1 = a.masks[x + 1];
         if (a.tile != nullptr) {
-          const float* tile = a.tile + static_cast<ptrdiff_t>(column + kTaps - 1) * kFeatures;
-          Columns::load(tile, sums[kTaps - 1]);
-          Columns::load(tile + kFeatures, sums[kTaps]);
+          const float* tile = a.tile + static_cast<ptrdiff_t>(column) * kFeatures;
+          Columns::load(tile, sums0);
+          Columns::load(tile + kFeatures, sums1);
         } else {
-          Columns::clear(sums[kTaps - 1]);
-          Columns::clear(sums[kTaps]);
+          Columns::clear(sums0);
+          Columns::clear(sums1);
         }
       } else {
         mask0 = static_cast<unsigned>(x) < static_cast<unsigned>(a.pixels) ? a.masks[x] : 0;
         mask1 = static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.pixels) ? a.masks[x + 1] : 0;
-        Columns::load_if_inside(a, column + kTaps - 1, sums[kTaps - 1]);
-        Columns::load_if_inside(a, column + kTaps, sums[kTaps]);
+        Columns::load_if_inside(a, column, sums0);
+        Columns::load_if_inside(a, column + 1, sums1);
       }
-      if constexpr (kTaps == 1) {
-        for (int i = 0; i < a.value_lines; ++i) {
-          __builtin_prefetch(pixel1 + a.value_pitch + 16 * i, 0, 3);
-          __builtin_prefetch(pixel1 + 2 * a.value_pitch + 16 * i, 0, 3);
-        }
-        for (int i = 0; i < a.prefetch_lines; ++i, prefetch += 64) __builtin_prefetch(prefetch, 0, 2);
+      for (int i = 0; i < a.value_lines; ++i) {
+        __builtin_prefetch(pixel1 + a.value_pitch + 16 * i, 0, 3);
+        __builtin_prefetch(pixel1 + 2 * a.value_pitch + 16 * i, 0, 3);
       }
+      for (int i = 0; i < a.prefetch_lines; ++i, prefetch += 64) __builtin_prefetch(prefetch, 0, 2);
       const uint64_t both = mask0 & mask1 & a.pair_mask;
-      mask0 ^= both;
-      mask1 ^= both;
-      visit_both(sums, both, pixel0, pixel1, a.filter);
-      visit_single<0>(sums, mask0, pixel0, a.filter);
-      visit_single<1>(sums, mask1, pixel1, a.filter);
+      visit_both(sums0, sums1, both, pixel0, pixel1, a.filter);
+      visit_single(sums0, mask0 ^ both, pixel0, a.filter);
+      visit_single(sums1, mask1 ^ both, pixel1, a.filter);
       pixel0 = pixel1 + a.value_pitch;
       if (__builtin_expect(inner && plain, 1)) {
-        Columns::store(a, out, sums[0]);
-        Columns::store(a, out + a.out_pitch, sums[1]);
+        Columns::store(a, out, sums0);
+        Columns::store(a, out + a.out_pitch, sums1);
       } else {
-        Columns::store_specially(a, column, sums[0]);
-        Columns::store_specially(a, column + 1, sums[1]);
+        Columns::store_specially(a, column, sums0);
+        Columns::store_specially(a, column + 1, sums1);
       }
       out += 2 * a.out_pitch;
-      unroll<(kTaps - 1) * kVectors>([&](auto i) ST_LAMBDA {
-        constexpr int p = i / kVectors, v = i % kVectors;
-        sums[p][v] = sums[p + 2][v];
-      });
     }
   }
 };
@@ -269,8 +408,8 @@ struct DenseSweep {
     }
   }
 
-  static void run(const SweepArgs& args) {
-    const SweepArgs a = args;
+  static void run(const PlacedSweepArgs& args) {
+    const PlacedSweepArgs a = args;
     const char* prefetch = a.prefetch;
     const bool plain = Columns::plain(a);
     const int channels = __builtin_popcountll(a.all_channels);
@@ -339,10 +478,87 @@ int64_t scan_rows(const ScanArgs& a) {
   return count;
 }
 
+// Of one pixel's block of channels.
+template <class Isa, class T>
+struct PixelBlock {
+  const T* values;
+  int channels;
+
+  // f(c, vector of channels c, c + 1, ...)
+  template <class F>
+  ST_INLINE void each(F&& f) const {
+    int c = 0;
+    for (; c + Isa::kLanes <= channels; c += Isa::kLanes) f(c, Isa::load(values + c));
+    if (c < channels) f(c, Isa::load_n(values + c, channels - c));
+  }
+  // Fetches a later pixel meanwhile: blocks of channels make gaps that the hardware does not look across.
+  ST_INLINE uint64_t mask(ptrdiff_t later) const {
+    uint64_t mask = 0;
+    each([&](int c, typename Isa::Vec v) ST_LAMBDA {
+      mask |= static_cast<uint64_t>(Isa::nonzero(v)) << c;
+      __builtin_prefetch(values + later + c);
+    });
+    return mask;
+  }
+  // Appends the values of `mask`.
+  ST_INLINE float* pack(uint64_t mask, float* to) const {
+    constexpr uint64_t kLaneBits = (uint64_t{1} << Isa::kLanes) - 1;
+    each([&](int c, typename Isa::Vec v) ST_LAMBDA {
+      const uint32_t lanes = static_cast<uint32_t>(mask >> c & kLaneBits);
+      Isa::compress(to, lanes, v);
+      to += __builtin_popcount(lanes);
+    });
+    return to;
+  }
+};
+
+template <class Isa, class T, bool kPairs>
+int64_t scan_packed(const ScanArgs& a) {
+  int64_t count = 0;
+  uint64_t* masks = a.masks;
+  float* copy = a.copy;
+  for (int c0 = 0; c0 < a.channels; c0 += a.block, masks += a.mask_pitch, copy += a.copy_pitch) {
+    PixelBlock<Isa, T> pixel{static_cast<const T*>(a.values) + c0,
+                             a.channels - c0 < a.block ? a.channels - c0 : a.block};
+    float* to = copy;
+    const ptrdiff_t later = 8 * a.value_pitch;
+    int x = 0;
+    if constexpr (kPairs) {
+      for (; x + 1 < a.pixels; x += 2) {
+        PixelBlock<Isa, T> second{pixel.values + a.value_pitch, pixel.channels};
+        const uint64_t mask0 = pixel.mask(later), mask1 = second.mask(later), both = mask0 & mask1;
+        masks[x] = mask0;
+        masks[x + 1] = mask1;
+        to = pixel.pack(both, to);
+        to = second.pack(both, to);
+        to = pixel.pack(mask0 ^ both, to);
+        to = second.pack(mask1 ^ both, to);
+        pixel.values = second.values + a.value_pitch;
+      }
+    }
+    for (; x < a.pixels; ++x, pixel.values += a.value_pitch) {
+      uint64_t mask = 0;
+      pixel.each([&](int c, typename Isa::Vec v) ST_LAMBDA {
+        const uint32_t lanes = Isa::nonzero(v);
+        mask |= static_cast<uint64_t>(lanes) << c;
+        Isa::compress(to, lanes, v);
+        to += __builtin_popcount(lanes);
+        __builtin_prefetch(pixel.values + later + c);
+      });
+      masks[x] = mask;
+    }
+    if (x % 2 != 0) masks[x] = 0;
+    count += to - copy;
+  }
+  return count;
+}
+
 template <class Isa, class T>
 int64_t scan(const ScanArgs& args) {
   const ScanArgs a = args;
   if (a.masks == nullptr) return scan_rows<Isa, T, false, true>(a);
+  if (a.copy != nullptr && a.packing == Packing::kPairs) return scan_packed<Isa, T, true>(a);
+  if (a.copy != nullptr && a.packing == Packing::kSingles) return scan_packed<Isa, T, false>(a);
   return a.copy != nullptr ? scan_rows<Isa, T, true, true>(a) : scan_rows<Isa, T, true, false>(a);
 }
 
@@ -357,6 +573,20 @@ void widen_values(const void* src, float* dst, int64_t count) {
   }
 }
 
+template <class Isa, class T>
+void pack_rows(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols, int width) {
+  const T* from = static_cast<const T*>(src);
+  for (int i = 0; i < rows; ++i, from += src_pitch, dst += dst_pitch) {
+    for (int j = 0; j < width; j += Isa::kLanes) {
+      const int left = cols - j;
+      Isa::store(dst + j, left >= Isa::kLanes ? Isa::load(from + j)
+                          : left > 0          ? Isa::load_n(from + j, left)
+                                              : Isa::zero());
+      __builtin_prefetch(from + 8 * src_pitch + j);
+    }
+  }
+}
+
 // kZero: keep is there.
 template <class Isa, class Keep, class Out, bool kZero>
 ST_INLINE void finish_rows(const FinishArgs& a) {
@@ -367,6 +597,9 @@ ST_INLINE void finish_rows(const FinishArgs& a) {
     const Keep* keep = static_cast<const Keep*>(a.keep) + (kZero ? row * a.out_pitch : 0);
     int64_t i = 0;
     if constexpr (!kZero) {
+      if constexpr (std::is_same_v<Out, float>) {
+        for (; a.stream && i + kLanes <= a.features; i += kLanes) Isa::stream(out + i, Isa::load(sums + i));
+      }
       for (; i + 2 * kLanes <= a.features; i += 2 * kLanes) {
         Isa::store_two(out + i, Isa::load(sums + i), Isa::load(sums + i + kLanes));
       }
@@ -442,6 +675,7 @@ template <class Isa, int kTaps, int kVectors>
 void offer_sweep(DataKernels& table) {
   if constexpr (fits_registers<Isa, kTaps, kVectors>()) {
     table.sweep[kTaps][kVectors] = &Sweep<Isa, kTaps, kVectors>::run;
+    if constexpr (kTaps == 1) table.point_sweep[kVectors] = &PointSweep<Isa, kVectors>::run;
     table.dense_sweep[kTaps][kVectors] = &DenseSweep<Isa, kTaps, kVectors>::run;
     table.dense_pixels[kTaps][kVectors] = dense_pixels<Isa, kTaps, kVectors>();
   }
@@ -456,6 +690,7 @@ template <class Isa, class T>
 void offer_data(DataKernels& table) {
   table.scan[kIndexOf<T>] = &scan<Isa, T>;
   table.widen[kIndexOf<T>] = &widen_values<Isa, T>;
+  table.pack[kIndexOf<T>] = &pack_rows<Isa, T>;
   table.transpose[kIndexOf<T>] = &transpose<Isa, T>;
   table.finish[kIndexOf<T>][kIndexOf<T>] = &finish<Isa, T, T>;
   table.finish[kIndexOf<T>][kIndexOf<float>] = &finish<Isa, T, float>;

@@ -85,20 +85,21 @@ bool offered(const Kernels& kernels, int taps, int vectors) {
 
 // What a sweep spends its time on, in the time of a multiply-add of a vector between registers.
 struct Costs {
-  double load;   // a multiply-add that loads its filter vector
-  double pair;   // one of two that share the load
-  double dense;  // one of several
-  double visit;  // finding a channel, its broadcast
-  double ends;   // of a pair of pixels: its three lists
-  double sums;   // moving a vector of sums of a pixel in and out
-  double scan;   // finding the zeros of 16 channels of a pixel in place
+  double load;          // a multiply-add that loads its filter vector
+  double pair;          // one of two that share the load
+  double dense;         // one of several
+  double ends_of_rows;  // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
+  double visit;         // finding a channel, its broadcast
+  double ends;          // of a pair of pixels: its three lists
+  double sums;          // moving a vector of sums of a pixel in and out
+  double scan;          // finding the zeros of 16 channels of a pixel in place
 };
 
 // Where there is one of these a cycle (fitted to an emulation, bench/NOTES.md), loads, sums and mispredicted ends of
 // lists partly hide behind it.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.5, 15, 3, 3};
-  return {1.27, 1.18, 1.09, 2, 70, 7.7, 6};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 3};
+  return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 6};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -172,7 +173,8 @@ int64_t shareable(int64_t tiles) {
   return ceil_div(tiles, step) * step;
 }
 
-void choose_blocks(const Machine& machine, const Kernels& kernels, const Blocking& blocking, DataPlan* plan) {
+void choose_blocks(const Machine& machine, const Kernels& kernels, const Blocking& blocking, double density,
+                   DataPlan* plan) {
   plan->vectors = blocking.vectors;
   plan->last_vectors = blocking.last_vectors;
   plan->blocks = blocking.blocks;
@@ -190,8 +192,13 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   const int64_t fits = machine.l2_bytes / (4 * plan->channels);  // pixels
   const int64_t worthwhile = ceil_div(pixels, 256) * blocking.blocks >= kTiles ? 256 : 128;
   const int64_t input_limit = !plan->pointwise ? 2 * fits : std::max(fits / 4, std::min(fits * 4 / 5, worthwhile));
-  const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit)),
-                worth = std::max<int64_t>(16, plan->pointwise ? most * 3 / 4 : most / 4);
+  const int64_t most = std::max<int64_t>(16, std::min(machine.l2_bytes / 5 / (4 * features), input_limit));
+  // A tile reads all of the kernel. Where that comes from beyond L2, a vector of it takes as long as some 13
+  // multiply-adds, and there should be many more.
+  const int64_t kernel_bytes = 4 * plan->kernel_rows * plan->kernel_columns * plan->channels * plan->features;
+  const double far = kernel_bytes > machine.l2_bytes / 2 ? 256 / std::max(density, 0.01) : 0;
+  const int64_t worth =
+      std::max<int64_t>(16, plan->pointwise ? most * 3 / 4 : std::clamp(static_cast<int64_t>(far), most / 4, most));
   const int64_t step = plan->classes.front().step;
   const int64_t wanted = std::clamp(ceil_div(pixels, kTiles), worth, most);
   const int64_t column_tiles = shareable(ceil_div(plan->out_columns, all_rows == 1 ? wanted : most));
@@ -223,21 +230,24 @@ bool serial(const Machine& machine, const Kernels& kernels, double density, cons
 }
 
 // The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
+// kNever: walking all channels costs less.
 float dense_density(const Machine& machine, const Kernels& kernels, int taps, const DataPlan& plan) {
+  constexpr float kNever = 2;
   const Costs costs = costs_of(machine, kernels);
   const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
   const int work = taps * plan.vectors;
+  const double step = costs.dense + (plan.packs() && taps <= 3 ? costs.ends_of_rows : 0);
   // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
   // well.
   const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks) : 0;
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
   const double both = 2 * work * costs.pair + costs.visit / 2, single = work * costs.load + costs.visit,
-               target = 2 * work * costs.dense * n - costs.ends - scan;
+               target = 2 * work * step * n - costs.ends - scan;
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
-  // coefficient are safe; there is none where walking all channels is cheaper than the dense sweep.
+  // coefficient are safe.
   const double square = 2 * single - both, root = single * single - square * target / n;
-  if (root < 0 || n * both <= target) return 1;
+  if (root < 0 || n * both <= target) return kNever;
   return static_cast<float>(target / n / (single + std::sqrt(root)));
 }
 
@@ -296,16 +306,19 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
   plan.copy = !plan.pointwise || dtype != DType::kF32;
-  choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), &plan);
+  choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), density, &plan);
   plan.dense_density = dense_density(machine, kernels, taps, plan);
   const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
   if (dense) {
-    choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, true, density, plan), &plan);
+    choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, true, density, plan), 1, &plan);
   }
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work, and by-passing the caches lost up to 7 %.
-  plan.stream = plan.pointwise && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
+  plan.stream =
+      (plan.pointwise || plan.packs()) && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   plan.pair_density = 0.25f;
+  plan.value_work = (dense ? 1 : density) * static_cast<double>(shape.r * shape.s * plan.features) /
+                    static_cast<double>(kernels.lanes * (fwd ? shape.stride_h * shape.stride_w : 1));
   plan.serial = serial(machine, kernels, dense ? 1 : density, plan);
   return plan;
 }

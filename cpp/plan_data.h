@@ -75,10 +75,12 @@ struct DataPlan {
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row
   bool stream;           // the result by-passes the caches
+  double value_work;     // multiply-adds of a vector that a value of the input leads to
   bool serial;           // too small for threads
-  float dense_density;   // a tile with at least this share of non-zeros runs dense
+  float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
 
+  bool packs() const { return copy && fold == 0 && !pointwise; }  // sparse sweeps read packed values, not pixels
   int64_t channel_blocks() const { return (channels + channel_block - 1) / channel_block; }
   int64_t row_tiles() const { return (images * out_rows + tile_rows - 1) / tile_rows; }
   int64_t column_tiles() const { return (out_columns + tile_columns - 1) / tile_columns; }

@@ -60,11 +60,9 @@ class PackedKernel {
         const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
         float* to = dst + t * features;
         if (plan_.op == DataOp::kFwd) {
-          const int64_t src = (tap * plan_.channels + c0) * plan_.features + f0;
-          for (int64_t c = 0; c < channels; ++c) {
-            kernels.data.widen[index_of(rhs.dtype)](rhs.at(src + c * plan_.features), to + c * pitch, valid);
-            std::fill(to + c * pitch + valid, to + c * pitch + features, 0.0f);
-          }
+          kernels.data.pack[index_of(rhs.dtype)](rhs.at((tap * plan_.channels + c0) * plan_.features + f0),
+                                                 plan_.features, to, pitch, static_cast<int>(channels),
+                                                 static_cast<int>(valid), static_cast<int>(features));
         } else {
           const void* src = rhs.at((tap * plan_.features + f0) * plan_.channels + c0);
           kernels.data.transpose[index_of(rhs.dtype)](src, plan_.channels, to, pitch, static_cast<int>(valid),
@@ -78,10 +76,11 @@ class PackedKernel {
     }
   }
 
-  // The filter blocks of all classes and kernel rows.
-  void pack(const Kernels& kernels, ConstTensor rhs, int64_t block, int64_t channel_block, float* packed) const {
+  // The filter blocks of all features and classes: a block reads some of each line of the kernel, the next one the
+  // rest.
+  void pack(const Kernels& kernels, ConstTensor rhs, int64_t channel_block, int64_t r, float* packed) const {
     for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
-      for (int64_t r = 0; r < plan_.kernel_rows; ++r) {
+      for (int64_t block = 0; block < plan_.blocks; ++block) {
         pack_row(kernels, rhs, block, cls, channel_block, r, packed + offset(block, cls, channel_block, r));
       }
     }
@@ -98,6 +97,11 @@ class PackedKernel {
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
+};
+
+// A row of the input of a tile.
+struct InputRow {
+  int64_t n, y, slot;
 };
 
 // The input of one tile: which rows and pixels, their masks and values.
@@ -124,7 +128,7 @@ class TileInput {
       }
       if (pixels.end < pixels.begin) pixels.end = pixels.begin;
       phases_.push_back({pixels, slot_});
-      slot_ += pixels.size();
+      slot_ += (pixels.size() + 1) / 2 * 2;  // whole pairs
     }
   }
 
@@ -135,39 +139,43 @@ class TileInput {
     values_ = scratch.take<float>(values());
   }
 
-  // Makes masks and copies; returns the share of non-zeros. With step > 1 only looks at every step-th pixel. Without
-  // `masks` only copies.
-  double scan(const Kernels& kernels, int64_t step, bool masks = true) {
+  // The share of non-zeros in every few pixels.
+  double sample(const Kernels& kernels) const {
+    constexpr int64_t kStep = 16, kShortStep = 5, kShort = 64;  // a short row would show little but its borders
     int64_t nonzeros = 0, elements = 0;
+    const bool folded = plan_.fold > 0;
     for (const Image& image : images_) {
       for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
-        const int64_t row = image.slot + y - image.rows.begin;
         for (size_t p = 0; p < phases_.size(); ++p) {
-          if (phases_[p].pixels.size() == 0) continue;
+          const Range pixels = folded ? folded_columns() : phases_[p].pixels;
+          const int64_t step = pixels.size() < kShort ? kShortStep : kStep;
+          const int64_t count = std::min((pixels.size() + step - 1) / step, slot_);
+          if (count == 0) continue;
           ScanArgs args{};
-          DType dtype = input_.dtype;
-          if (plan_.fold > 0) {
-            args.values = copy_folded_row(kernels, image.n, y, row);
-            dtype = DType::kF32;
-            args.value_pitch = plan_.fold * step;
-          } else {
-            args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
-            args.value_pitch = plan_.phases[p].step * plan_.channels * step;
-          }
-          args.pixels = static_cast<int>((phases_[p].pixels.size() + step - 1) / step);
-          args.channels = static_cast<int>(plan_.channels);
+          args.values = folded ? input_.at(input_row(image.n, y) + pixels.begin * plan_.in_channels)
+                               : pixel(image.n, y, p, pixels.begin);
+          args.value_pitch = (folded ? 1 : plan_.phases[p].step) * plan_.in_channels * step;
+          args.pixels = static_cast<int>(count);
+          args.channels = static_cast<int>(plan_.in_channels);
           args.block = plan_.channel_block;
-          args.masks = masks ? masks_ + mask_index(row, p, 0) : nullptr;
+          args.masks = masks_;  // not the last word
           args.mask_pitch = rows_ * slot_;
-          const bool copy = plan_.copy && plan_.fold == 0 && step == 1;
-          args.copy = copy ? values_ + mask_index(row, p, 0) * plan_.channel_block : nullptr;
-          args.copy_pitch = rows_ * slot_ * plan_.channel_block;
-          if (args.masks != nullptr || args.copy != nullptr) nonzeros += kernels.data.scan[index_of(dtype)](args);
-          elements += args.pixels * plan_.channels;
+          nonzeros += kernels.data.scan[index_of(input_.dtype)](args);
+          elements += count * plan_.in_channels;
         }
       }
     }
     return elements == 0 ? 0.0 : static_cast<double>(nonzeros) / static_cast<double>(elements);
+  }
+
+  // For dense sweeps: makes copies, if the plan wants some.
+  void copy(const Kernels& kernels) {
+    if (plan_.copy) scan(kernels, false, Packing::kAll);
+  }
+
+  // For sparse sweeps: makes masks, and packs the values if the plan wants that. Returns the share of non-zeros.
+  double mask(const Kernels& kernels, bool pairs) {
+    return scan(kernels, true, !plan_.packs() ? Packing::kAll : pairs ? Packing::kPairs : Packing::kSingles);
   }
 
   // The mask of a pixel whose channels are all to be visited.
@@ -176,26 +184,29 @@ class TileInput {
     return ~uint64_t{0} >> (64 - std::min<int64_t>(plan_.channel_block, left));
   }
 
-  // Points a sweep at input row y of image n, for the columns `u` of a strand.
-  void aim(int64_t n, int64_t y, const Strand& strand, Range u, int64_t channel_block, SweepArgs* args) const {
+  // Row y of image n.
+  InputRow row(int64_t n, int64_t y) const {
     const Image& image = images_[n - images_.front().n];
+    return {n, y, image.slot + y - image.rows.begin};
+  }
+
+  // Points a sweep at an input row, for the columns `u` of a strand.
+  void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, PlacedSweepArgs* args) const {
     const PhaseSlot& phase = phases_[strand.phase];
     const int64_t begin =
         std::max(phase.pixels.begin, std::min(phase.pixels.end, u.begin - strand.first - strand.taps + 1));
     const int64_t end = std::max(begin, std::min(phase.pixels.end, u.end - strand.first));
-    const int64_t index =
-        mask_index(image.slot + y - image.rows.begin, strand.phase, channel_block) + begin - phase.pixels.begin;
-    args->masks = masks_ + index;
+    const int64_t skipped = begin - phase.pixels.begin;
+    args->masks = masks_ + mask_index(row.slot, strand.phase, channel_block) + skipped;
     args->all_channels = all_channels(channel_block);
     if (plan_.fold > 0) {
-      args->values = folded_row(image.slot + y - image.rows.begin) + (begin - phase.pixels.begin) * plan_.fold +
-                     channel_block * plan_.channel_block;
+      args->values = folded_row(row.slot) + skipped * plan_.fold + channel_block * plan_.channel_block;
       args->value_pitch = plan_.fold;
     } else if (plan_.copy) {
-      args->values = values_ + index * plan_.channel_block;
+      args->values = copied_row(row.slot, strand.phase, channel_block) + skipped * plan_.channel_block;
       args->value_pitch = plan_.channel_block;
     } else {
-      const void* first = pixel(n, y, strand.phase, begin);  // float32: narrow values are swept from a copy
+      const void* first = pixel(row.n, row.y, strand.phase, begin);  // float32: narrow values are swept from a copy
       args->values = static_cast<const float*>(first) + channel_block * plan_.channel_block;
       args->value_pitch = plan_.phases[strand.phase].step * plan_.channels;
     }
@@ -203,7 +214,23 @@ class TileInput {
     args->first = static_cast<int>(strand.first + begin - u.begin);
   }
 
+  // The same for packed values. It sweeps all pixels of the tile.
+  void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, SweepArgs* args) const {
+    args->masks = masks_ + mask_index(row.slot, strand.phase, channel_block);
+    args->values = copied_row(row.slot, strand.phase, channel_block);
+    args->pixels = static_cast<int>(phases_[strand.phase].pixels.size());
+    args->first = static_cast<int>(first_column(strand, u));
+  }
+  // The columns that the pixels of the tile reach in a sweep over packed values.
+  Range reach(const Strand& strand, Range u) const {
+    const int64_t first = first_column(strand, u), pixels = phases_[strand.phase].pixels.size();
+    return {first, first + (pixels + 1) / 2 * 2 + strand.taps - 1};
+  }
+
  private:
+  int64_t first_column(const Strand& strand, Range u) const {
+    return strand.first + phases_[strand.phase].pixels.begin - u.begin;
+  }
   struct Image {
     int64_t n;
     Range rows;
@@ -216,7 +243,51 @@ class TileInput {
   int64_t masks() const { return plan_.channel_blocks() * rows_ * slot_; }
   int64_t values() const {
     if (plan_.fold > 0) return rows_ * folded_floats();
-    return plan_.copy ? masks() * plan_.channel_block : 0;
+    return plan_.copy ? plan_.channel_blocks() * copy_pitch() : 0;
+  }
+  int64_t copy_pitch() const { return rows_ * slot_ * plan_.channel_block + kPackedSlack; }
+  float* copied_row(int64_t row, size_t phase, int64_t channel_block) const {
+    return values_ + channel_block * copy_pitch() + (row * slot_ + phases_[phase].slot) * plan_.channel_block;
+  }
+
+  double scan(const Kernels& kernels, bool masks, Packing packing) {
+    int64_t nonzeros = 0, elements = 0;
+    for (const Image& image : images_) {
+      for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
+        const int64_t row = image.slot + y - image.rows.begin;
+        for (size_t p = 0; p < phases_.size(); ++p) {
+          if (phases_[p].pixels.size() == 0) continue;
+          ScanArgs args{};
+          DType dtype = input_.dtype;
+          if (plan_.fold > 0) {
+            args.values = copy_folded_row(kernels, image.n, y, row);
+            dtype = DType::kF32;
+            args.value_pitch = plan_.fold;
+          } else {
+            args.values = pixel(image.n, y, p, phases_[p].pixels.begin);
+            args.value_pitch = plan_.phases[p].step * plan_.channels;
+          }
+          args.pixels = static_cast<int>(phases_[p].pixels.size());
+          args.channels = static_cast<int>(plan_.channels);
+          args.block = plan_.channel_block;
+          args.masks = masks ? masks_ + mask_index(row, p, 0) : nullptr;
+          args.mask_pitch = rows_ * slot_;
+          args.copy = plan_.copy && plan_.fold == 0 ? copied_row(row, p, 0) : nullptr;
+          args.copy_pitch = copy_pitch();
+          args.packing = packing;
+          if (args.masks != nullptr || args.copy != nullptr) nonzeros += kernels.data.scan[index_of(dtype)](args);
+          elements += args.pixels * plan_.channels;
+        }
+      }
+    }
+    return elements == 0 ? 0.0 : static_cast<double>(nonzeros) / static_cast<double>(elements);
+  }
+
+  // Of the input, those that the windows of the tile look at.
+  Range folded_columns() const {
+    const int64_t begin = (phases_[0].pixels.begin * plan_.fold - plan_.fold_pad) / plan_.in_channels;
+    const int64_t end = begin + folded_floats() / plan_.in_channels;
+    return {std::clamp<int64_t>(begin, 0, plan_.in_columns), std::clamp<int64_t>(end, 0, plan_.in_columns)};
   }
   int64_t folded_floats() const { return (phases_[0].pixels.size() - 1) * plan_.fold + plan_.channels; }
   float* folded_row(int64_t row) const { return values_ + row * folded_floats(); }
@@ -225,7 +296,7 @@ class TileInput {
   const float* copy_folded_row(const Kernels& kernels, int64_t n, int64_t y, int64_t row) const {
     const int64_t width = plan_.in_columns * plan_.in_channels;
     const int64_t begin = phases_[0].pixels.begin * plan_.fold - plan_.fold_pad, end = begin + folded_floats();
-    const int64_t src = (n * plan_.in_rows + y) * width;
+    const int64_t src = input_row(n, y);
     float* dst = folded_row(row);
     const int64_t from = std::clamp<int64_t>(0, begin, end), to = std::clamp(width, from, end);
     std::fill(dst, dst + (from - begin), 0.0f);
@@ -239,7 +310,11 @@ class TileInput {
   }
   const void* pixel(int64_t n, int64_t y, size_t phase, int64_t i) const {
     const int64_t x = plan_.phases[phase].start + i * plan_.phases[phase].step;
-    return input_.at(((n * plan_.in_rows + y) * plan_.in_columns + x) * plan_.channels);
+    return input_.at(input_row(n, y) + x * plan_.channels);
+  }
+  // Its first value.
+  int64_t input_row(int64_t n, int64_t y) const {
+    return (n * plan_.in_rows + y) * plan_.in_columns * plan_.in_channels;
   }
 
   const DataPlan& plan_;
@@ -260,7 +335,7 @@ class Ahead {
     const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
     lines_ = static_cast<int>((bytes / 64 + steps - 1) / steps);
   }
-  void aim(int64_t columns, SweepArgs* args) {
+  void aim(int64_t columns, PlacedSweepArgs* args) {
     const int64_t bytes = 64 * lines_ * ((columns + 1) / 2);
     args->prefetch = next_;
     args->prefetch_lines = next_ + bytes <= end_ ? lines_ : 0;
@@ -274,6 +349,7 @@ class Ahead {
 
 struct Call {
   const DataPlan& plan;
+  double density;  // of the input
   const Kernels& kernels;
   const PackedKernel& layout;
   Mode mode;
@@ -283,6 +359,8 @@ struct Call {
   ConstTensor keep;     // zeros of this, of the shape of the result, are zeros of the result; or null
   Tensor result;
   bool stream;
+  // Whether sums go to their place as they are.
+  bool plain() const { return keep.data == nullptr && result.dtype == DType::kF32; }
   // Whether the last sweep of a row leaves its sums in scratch, from where they are converted to their place.
   bool finishes() const {
     if (keep.data != nullptr) return keep.dtype != DType::kF32;
@@ -297,159 +375,298 @@ struct Call {
 // How the sweeps of a tile go through their input; kNone: it is all zero.
 enum class Walk { kDense, kPairs, kSingles, kNone };
 
-// Sums one feature block of one class of columns over all channels and taps.
-void sweep_block(const Call& call, const TileInput& input, Walk walk, Range rows, Range columns, size_t cls,
-                 int64_t block, float* sums, float* finished, float* row_filter, Ahead* ahead) {
-  const DataPlan& plan = call.plan;
-  const ColumnClass& column_class = plan.classes[cls];
-  const Range u{columns.begin / column_class.step, std::min(column_class.columns, columns.end / column_class.step)};
-  if (u.size() <= 0) return;
-  const int64_t vectors = call.layout.vectors(block), features = vectors * call.kernels.lanes;
-  const int64_t f0 = block * plan.vectors * call.kernels.lanes;
-  const int64_t valid = std::min(features, plan.features - f0);
-  SweepArgs args{};
-  args.pair_mask = walk == Walk::kPairs ? ~uint64_t{0} : 0;
-  const DataKernels& table = call.kernels.data;
-  // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
-  args.value_lines = plan.copy ? 0 : (plan.channel_block + 15) / 16;
-  const auto to_scratch = [&](float* out) {
-    args.out_dtype = DType::kF32;
-    args.out = out;
-    args.keep = nullptr;
-    args.out_pitch = features;
-    args.out_features = static_cast<int>(features);
-    args.stream = false;
-  };
-  // The last sweep of a row of the tile: sweep(part) runs it for a range of columns.
-  const auto finish = [&](int64_t g, auto&& sweep) {
-    const int64_t pitch = column_class.step * plan.features, step = call.finish_columns(u.size());
-    for (Range part{u.begin, 0}; part.begin < u.end; part.begin = part.end) {
-      part.end = std::min(u.end, part.begin + step);
-      const int64_t x = column_class.start + part.begin * column_class.step;
-      const int64_t pixel = (g * plan.out_columns + x) * plan.features + f0;
-      const void* keep = call.keep.data == nullptr ? nullptr : call.keep.at(pixel);
-      void* out = call.result.at(pixel);
-      if (call.finishes()) {
-        to_scratch(finished);
-        sweep(part);
-        call.kernels.data.finish[index_of(call.input.dtype)][index_of(call.result.dtype)](
-            {finished, features, part.size(), valid, out, pitch, keep});
-        continue;
-      }
-      args.out_dtype = call.result.dtype;
-      args.narrow_out = out;
-      args.out = static_cast<float*>(out);
-      args.keep = static_cast<const float*>(keep);
-      args.out_pitch = pitch;
-      args.out_features = static_cast<int>(valid);
-      args.stream = call.stream && valid == features;
-      sweep(part);
-    }
-  };
+// Sums of a tile in scratch: rows of columns with room on both sides for what sweeps over packed values put there.
+struct SumsLayout {
+  int64_t pitch = 0, before = 0, after = 0;  // columns between rows; columns before the first and after the last row
 
-  // Kernel rows that exist for each row of the tile: [first, last], or first > last when there are none.
-  std::vector<Range> kernel_rows(rows.size());
-  for (int64_t g = rows.begin; g < rows.end; ++g) {
-    Range& range = kernel_rows[g - rows.begin];
-    range = {plan.kernel_rows, -1};
-    for (int64_t r = 0; r < plan.kernel_rows; ++r) {
-      if (plan.input_row(g % plan.out_rows, r) < 0) continue;
-      range.begin = std::min(range.begin, r);
-      range.end = r;
+  // Of all classes of columns.
+  SumsLayout(const DataPlan& plan, const TileInput& input, Range columns, bool packed) {
+    for (const ColumnClass& c : plan.classes) {
+      const Range u = columns_of(c, columns);
+      pitch = std::max(pitch, u.size());
+      for (const Strand& s : c.strands) {
+        if (!packed || u.size() <= 0) continue;
+        const Range reach = input.reach(s, u);
+        before = std::max(before, -reach.begin);
+        after = std::max(after, reach.end - u.size());
+      }
     }
-    if (walk == Walk::kNone || range.end < 0 || column_class.strands.empty()) {
-      args.tile = nullptr;
-      args.pixels = 0;
-      finish(g, [&](Range part) {
-        args.columns = static_cast<int>(part.size());
-        table.sweep[1][vectors](args);
-      });
+    pitch += std::max(before, after);
+  }
+  int64_t columns(int64_t rows) const { return before + rows * pitch + after; }
+
+  static Range columns_of(const ColumnClass& c, Range columns) {
+    return {columns.begin / c.step, std::min(c.columns, columns.end / c.step)};
+  }
+};
+
+// Sums one feature block of one class of columns over all channels and taps.
+class BlockSweeper {
+ public:
+  // `sums` is column 0 of the first row; `finished` has room for Call::finish_columns, `row_filter` for the filter
+  // blocks of a kernel row if the call packs none.
+  BlockSweeper(const Call& call, const TileInput& input, Walk walk, Range rows, Range columns, const SumsLayout& layout,
+               float* sums, float* finished, float* row_filter, Ahead* ahead)
+      : call_(call),
+        input_(input),
+        walk_(walk),
+        rows_(rows),
+        columns_(columns),
+        layout_(layout),
+        sums_(sums),
+        finished_(finished),
+        row_filter_(row_filter),
+        ahead_(ahead) {
+    const DataPlan& plan = call.plan;
+    kernel_rows_.resize(rows.size());
+    meetings_.resize(plan.kernel_rows);
+    for (int64_t g = rows.begin; g < rows.end; ++g) {
+      Range& range = kernel_rows_[g - rows.begin];
+      range = {plan.kernel_rows, -1};
+      for (int64_t r = 0; r < plan.kernel_rows; ++r) {
+        const int64_t y = plan.input_row(g % plan.out_rows, r);
+        if (y < 0) continue;
+        range.begin = std::min(range.begin, r);
+        range.end = r;
+        meetings_[r].push_back({g, input.row(g / plan.out_rows, y)});
+      }
     }
   }
 
-  if (walk == Walk::kNone) return;
-  const int64_t channel_blocks = plan.channel_blocks();
-  for (int64_t cb = 0; cb < channel_blocks; ++cb) {
-    for (int64_t r = 0; r < plan.kernel_rows; ++r) {
-      const float* filter = row_filter;
-      if (call.packed != nullptr) {
-        filter = call.packed + call.layout.offset(block, cls, cb, r);
-      } else {
-        call.layout.pack_row(call.kernels, call.rhs, block, cls, cb, r, row_filter);
-      }
-      for (size_t i = 0; i < column_class.strands.size(); ++i) {
-        const Strand& strand = column_class.strands[i];
-        args.filter = filter;
-        filter += plan.channel_block * strand.taps * features;
-        const auto sweep = (walk == Walk::kDense ? table.dense_sweep : table.sweep)[strand.taps][vectors];
-        for (int64_t g = rows.begin; g < rows.end; ++g) {
-          const int64_t y = plan.input_row(g % plan.out_rows, r);
-          if (y < 0) continue;
-          const Range& range = kernel_rows[g - rows.begin];
-          float* tile = sums + (g - rows.begin) * u.size() * features;
-          const bool first = cb == 0 && r == range.begin && i == 0;
-          const auto sweep_part = [&](Range part) {
-            args.columns = static_cast<int>(part.size());
-            args.tile = first ? nullptr : tile + (part.begin - u.begin) * features;
-            input.aim(g / plan.out_rows, y, strand, part, cb, &args);
-            ahead->aim(part.size(), &args);
-            sweep(args);
-          };
-          if (cb + 1 == channel_blocks && r == range.end && i + 1 == column_class.strands.size()) {
-            finish(g, sweep_part);
-          } else {
-            to_scratch(tile);
-            sweep_part(u);
+  void run(size_t cls, int64_t block) {
+    const DataPlan& plan = call_.plan;
+    class_ = &plan.classes[cls];
+    u_ = SumsLayout::columns_of(*class_, columns_);
+    if (u_.size() <= 0) return;
+    vectors_ = call_.layout.vectors(block);
+    features_ = vectors_ * call_.kernels.lanes;
+    first_feature_ = block * plan.vectors * call_.kernels.lanes;
+    valid_ = std::min(features_, plan.features - first_feature_);
+    for (int64_t g = rows_.begin; g < rows_.end; ++g) {
+      if (walk_ == Walk::kNone || kernel_rows_[g - rows_.begin].end < 0 || class_->strands.empty()) write_zeros(g);
+    }
+    if (walk_ == Walk::kNone) return;
+    const int64_t channel_blocks = plan.channel_blocks();
+    for (int64_t cb = 0; cb < channel_blocks; ++cb) {
+      for (int64_t r = 0; r < plan.kernel_rows; ++r) {
+        const float* filter = row_filter_;
+        if (call_.packed != nullptr) {
+          filter = call_.packed + call_.layout.offset(block, cls, cb, r);
+        } else {
+          call_.layout.pack_row(call_.kernels, call_.rhs, block, cls, cb, r, row_filter_);
+        }
+        for (const Strand& strand : class_->strands) {
+          const bool first = &strand == &class_->strands.front(), last = &strand == &class_->strands.back();
+          for (const Meeting& m : meetings_[r]) {
+            const Range& range = kernel_rows_[m.g - rows_.begin];
+            const Sweep sweep{strand,
+                              filter,
+                              m.g,
+                              m.input,
+                              cb,
+                              cb == 0 && r == range.begin && first,
+                              cb + 1 == channel_blocks && r == range.end && last};
+            walk_ == Walk::kDense || !plan.packs() ? run_placed(sweep) : run_packed(sweep);
           }
+          filter += plan.channel_block * strand.taps * features_;
         }
       }
     }
   }
-}
+
+ private:
+  struct Sweep {
+    const Strand& strand;
+    const float* filter;
+    int64_t g;  // row of the result
+    const InputRow& input;
+    int64_t channel_block;
+    bool first, last;  // of its row of the result
+  };
+  struct Meeting {
+    int64_t g;
+    InputRow input;
+  };
+
+  float* sums_of(int64_t g) const { return sums_ + (g - rows_.begin) * layout_.pitch * features_; }
+  uint64_t pair_mask() const { return walk_ == Walk::kPairs ? ~uint64_t{0} : 0; }
+
+  // A part of a row of the result.
+  int64_t result_index(int64_t g, Range part) const {
+    const int64_t x = class_->start + part.begin * class_->step;
+    return (g * call_.plan.out_columns + x) * call_.plan.features + first_feature_;
+  }
+  const void* keep_at(int64_t index) const { return call_.keep.data == nullptr ? nullptr : call_.keep.at(index); }
+  int64_t result_pitch() const { return class_->step * call_.plan.features; }
+
+  void write_zeros(int64_t g) const {
+    PlacedSweepArgs args{};
+    place(g, args, [&](Range part) {
+      args.columns = static_cast<int>(part.size());
+      call_.kernels.data.point_sweep[vectors_](args);
+    });
+  }
+
+  void run_packed(const Sweep& s) const {
+    SweepArgs args{};
+    args.filter = s.filter;
+    args.pair_mask = pair_mask();
+    args.columns = static_cast<int>(u_.size());
+    args.sums = sums_of(s.g);
+    args.zero = s.first;
+    input_.aim(s.input, s.strand, u_, s.channel_block, &args);
+    const Range reach = input_.reach(s.strand, u_);
+    if (s.first && (args.pixels == 0 || reach.begin > 0 || reach.end < u_.size())) {
+      std::fill(args.sums, args.sums + u_.size() * features_, 0.0f);
+      args.zero = false;
+    }
+    if (s.last && call_.plain() && valid_ == features_) {
+      args.out = static_cast<float*>(call_.result.at(result_index(s.g, u_)));
+      args.out_pitch = result_pitch();
+      args.stream = call_.stream;
+    }
+    const bool placed = args.pixels > 0 && call_.kernels.data.sweep[s.strand.taps][vectors_](args);
+    if (s.last && !placed) finish(s.g, u_, args.sums);
+  }
+
+  // Moves a part of a row of sums to the result.
+  void finish(int64_t g, Range part, const float* sums) const {
+    const int64_t at = result_index(g, part);
+    call_.kernels.data.finish[index_of(call_.input.dtype)][index_of(call_.result.dtype)](
+        {sums, features_, part.size(), valid_, call_.result.at(at), result_pitch(), keep_at(at),
+         call_.stream && valid_ == features_});
+  }
+
+  void run_placed(const Sweep& s) const {
+    const DataKernels& table = call_.kernels.data;
+    const auto kernel =
+        walk_ == Walk::kDense ? table.dense_sweep[s.strand.taps][vectors_] : table.point_sweep[vectors_];
+    PlacedSweepArgs args{};
+    args.filter = s.filter;
+    args.pair_mask = pair_mask();
+    // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
+    args.value_lines = call_.plan.copy || walk_ == Walk::kDense ? 0 : (call_.plan.channel_block + 15) / 16;
+    float* tile = sums_of(s.g);
+    const auto sweep = [&](Range part) {
+      args.columns = static_cast<int>(part.size());
+      args.tile = s.first ? nullptr : tile + (part.begin - u_.begin) * features_;
+      input_.aim(s.input, s.strand, part, s.channel_block, &args);
+      ahead_->aim(part.size(), &args);
+      kernel(args);
+    };
+    if (s.last) {
+      place(s.g, args, sweep);
+    } else {
+      to_scratch(tile, args);
+      sweep(u_);
+    }
+  }
+
+  void to_scratch(float* out, PlacedSweepArgs& args) const {
+    args.out_dtype = DType::kF32;
+    args.out = out;
+    args.keep = nullptr;
+    args.out_pitch = features_;
+    args.out_features = static_cast<int>(features_);
+    args.stream = false;
+  }
+
+  // The last sweep of a row: sweep(part) runs it for a range of columns.
+  template <class F>
+  void place(int64_t g, PlacedSweepArgs& args, F&& sweep) const {
+    const int64_t step = call_.finish_columns(u_.size());
+    for (Range part{u_.begin, 0}; part.begin < u_.end; part.begin = part.end) {
+      part.end = std::min(u_.end, part.begin + step);
+      if (call_.finishes()) {
+        to_scratch(finished_, args);
+        sweep(part);
+        finish(g, part, finished_);
+        continue;
+      }
+      const int64_t at = result_index(g, part);
+      args.out_dtype = call_.result.dtype;
+      args.narrow_out = call_.result.at(at);
+      args.out = static_cast<float*>(args.narrow_out);
+      args.keep = static_cast<const float*>(keep_at(at));
+      args.out_pitch = result_pitch();
+      args.out_features = static_cast<int>(valid_);
+      args.stream = call_.stream && valid_ == features_;
+      sweep(part);
+    }
+  }
+
+  const Call& call_;
+  const TileInput& input_;
+  const Walk walk_;
+  const Range rows_, columns_;
+  const SumsLayout& layout_;
+  float *sums_, *finished_, *row_filter_;
+  Ahead* ahead_;
+  std::vector<Range> kernel_rows_;  // of each row of the tile: [first, last], or first > last if it has none
+  std::vector<std::vector<Meeting>> meetings_;  // of each kernel row: what it brings together
+  // Of the block at hand:
+  const ColumnClass* class_ = nullptr;
+  Range u_{0, 0};  // its columns
+  int64_t vectors_ = 0, features_ = 0, first_feature_ = 0, valid_ = 0;
+};
 
 void count_path(DataOp op, bool dense) {
   if (op == DataOp::kFwd) return count(dense ? "conv_fwd/dense" : "conv_fwd/sparse");
   count(dense ? "conv_bwd_input/dense" : "conv_bwd_input/sparse");
 }
 
+// Prepares the input for the way that its zeros suggest. Of a tile like the whole operand, it is looked at once.
+Walk choose_walk(const Call& call, TileInput& input) {
+  const DataPlan& plan = call.plan;
+  const auto dense = [&](double density) {
+    return call.mode != Mode::kSparse && (call.mode == Mode::kDense || density >= plan.dense_density);
+  };
+  if (dense(call.density) && (call.mode == Mode::kDense || dense(input.sample(call.kernels)))) {
+    input.copy(call.kernels);
+    return Walk::kDense;
+  }
+  const bool pairs = call.density >= plan.pair_density;
+  const double density = input.mask(call.kernels, pairs);
+  if (density == 0) return Walk::kNone;
+  if (dense(density)) {
+    input.copy(call.kernels);
+    return Walk::kDense;
+  }
+  // Near the threshold both do, and packing again would cost more.
+  constexpr float kMargin = 1.5f;
+  const bool other = pairs ? kMargin * density < plan.pair_density : density > kMargin * plan.pair_density;
+  if (other && plan.packs()) input.mask(call.kernels, !pairs);
+  return (pairs != other) ? Walk::kPairs : Walk::kSingles;
+}
+
 // `next` is the range of columns that this thread will probably run next; empty if unknown.
 void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range next) {
   const DataPlan& plan = call.plan;
   TileInput input(plan, call.input, rows, columns);
-  const int64_t sums = rows.size() * columns.size() * plan.vectors * call.kernels.lanes;
+  const int64_t block_features = plan.vectors * call.kernels.lanes;
+  const SumsLayout layout(plan, input, columns, plan.packs());
+  const int64_t sum_floats = layout.columns(rows.size()) * block_features;
   int64_t row_floats = 0;
   for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
     row_floats = std::max(row_floats, call.layout.row_floats(0, cls));
   }
-  const int64_t finished_floats =
-      call.finishes() ? call.finish_columns(columns.size()) * plan.vectors * call.kernels.lanes : 0;
+  const int64_t finished_floats = call.finishes() ? call.finish_columns(columns.size()) * block_features : 0;
   Scratch& scratch = Scratch::local();
-  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sums) + Scratch::size<float>(finished_floats) +
+  scratch.begin(input.scratch_bytes() + Scratch::size<float>(sum_floats) + Scratch::size<float>(finished_floats) +
                 Scratch::size<float>(row_floats));
   input.take(scratch);
-  float* tile = scratch.take<float>(sums);
+  float* sums = scratch.take<float>(sum_floats) + layout.before * block_features;
   float* finished = scratch.take<float>(finished_floats);
   float* row_filter = scratch.take<float>(row_floats);
-  // A dense tile needs its input scanned only for the copy, so a sample goes first.
-  constexpr int64_t kSampleStep = 16;
-  const bool maybe_dense = call.mode != Mode::kSparse && (call.mode == Mode::kDense || !plan.pointwise ||
-                                                          input.scan(call.kernels, kSampleStep) >= plan.dense_density);
-  const bool surely_dense = maybe_dense && (call.mode == Mode::kDense || plan.pointwise);
-  if (surely_dense && plan.copy) input.scan(call.kernels, 1, false);
-  const double density = surely_dense ? 1 : input.scan(call.kernels, 1);
-  const bool dense = maybe_dense && density >= plan.dense_density;
-  const Walk walk = dense                          ? Walk::kDense
-                    : density >= plan.pair_density ? Walk::kPairs
-                    : density > 0                  ? Walk::kSingles
-                                                   : Walk::kNone;
+  const Walk walk = choose_walk(call, input);
+  const bool dense = walk == Walk::kDense;
   if (blocks.begin == 0) count_path(plan.op, dense);
   // Only 1x1 kernels, where the input is one long row, do so little with a value that reading it shows.
   Ahead ahead(call.input.at(next.begin * plan.channels), next.size() * plan.channels * call.input.size(),
               columns.size(), blocks.size() * plan.channel_blocks());
+  BlockSweeper sweeper(call, input, walk, rows, columns, layout, sums, finished, row_filter, &ahead);
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      sweep_block(call, input, walk, rows, columns, cls, block, tile, finished, row_filter, &ahead);
-    }
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) sweeper.run(cls, block);
   }
   if (call.stream) call.kernels.data.stream_fence();
 }
@@ -466,6 +683,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
   const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
   const Call call{plan,
+                  density,
                   k,
                   layout,
                   mode,
@@ -477,29 +695,33 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                   plan.stream && aligned && result.dtype == DType::kF32};
 
   Executor& threads = helpers_unless(plan.serial, executor);
-  // Few tiles: give each thread several shares of the features. Each scans the tile again.
+  // Few tiles: give each thread several shares of the features, or one if little is to be done with a value: each share
+  // scans the tile again.
+  constexpr double kScans = 0.05;
   const int64_t shares = threads.concurrency() > 1 ? 3 * threads.concurrency() : 1;
-  const int64_t groups = std::clamp<int64_t>(tiles == 0 ? 1 : (shares + tiles - 1) / tiles, 1, plan.blocks);
-  run_phases(threads,
-             {
-                 {packs_ahead ? plan.blocks * channel_blocks : 0,
-                  [&](int64_t i) { layout.pack(k, rhs, i / channel_blocks, i % channel_blocks, packed.as<float>()); }},
-                 {tiles * groups,
-                  [&](int64_t i) {
-                    const int64_t tile = i / groups, group = i % groups;
-                    const int64_t row = tile / column_tiles * plan.tile_rows;
-                    const int64_t column = tile % column_tiles * plan.tile_columns;
-                    const int64_t step = plan.classes.front().step;
-                    // Threads take items in turn, so the next of this thread is about `concurrency` items on.
-                    const int64_t later = (i + threads.concurrency()) / groups * plan.tile_columns;
-                    const bool fetch = plan.pointwise && row_tiles == 1 && later > column && later < plan.out_columns;
-                    run_tile(
-                        call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
-                        {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
-                        {plan.blocks * group / groups, plan.blocks * (group + 1) / groups},
-                        {fetch ? later : 0, fetch ? std::min(plan.out_columns, later + plan.tile_columns) : 0});
-                  }},
-             });
+  const auto share = [&](int64_t items) { return (items + tiles - 1) / std::max<int64_t>(1, tiles); };
+  const int64_t most = std::max(share(threads.concurrency()), static_cast<int64_t>(kScans * plan.value_work));
+  const int64_t groups = std::clamp<int64_t>(std::min(share(shares), most), 1, plan.blocks);
+  run_phases(
+      threads,
+      {
+          {packs_ahead ? channel_blocks * plan.kernel_rows : 0,
+           [&](int64_t i) { layout.pack(k, rhs, i / plan.kernel_rows, i % plan.kernel_rows, packed.as<float>()); }},
+          {tiles * groups,
+           [&](int64_t i) {
+             const int64_t tile = i / groups, group = i % groups;
+             const int64_t row = tile / column_tiles * plan.tile_rows;
+             const int64_t column = tile % column_tiles * plan.tile_columns;
+             const int64_t step = plan.classes.front().step;
+             // Threads take items in turn, so the next of this thread is about `concurrency` items on.
+             const int64_t later = (i + threads.concurrency()) / groups * plan.tile_columns;
+             const bool fetch = plan.pointwise && row_tiles == 1 && later > column && later < plan.out_columns;
+             run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
+                      {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
+                      {plan.blocks * group / groups, plan.blocks * (group + 1) / groups},
+                      {fetch ? later : 0, fetch ? std::min(plan.out_columns, later + plan.tile_columns) : 0});
+           }},
+      });
 }
 
 // The same with no mask on the result: measures the input's zeros first.
