@@ -24,7 +24,7 @@ enum class Packing {
   kAll,      // every value: pixel by pixel
   kSingles,  // the non-zeros, pixel by pixel
   kPairs,    // the non-zeros of pixels 0 and 1, of 2 and 3, ...: of the first where the second has one, too, of the
-           // second there, then what is left of the first, and of the second
+             // second there, then what is left of the first, and of the second
 };
 
 // One sweep: a row of input pixels, one block of input channels, the taps of one filter row, one block of output
@@ -155,6 +155,20 @@ struct WeightsPackArgs {
   uint64_t* masks;  // [channel][positions / 64]
 };
 
+// Leaves the non-zeros alone instead: a line of values per channel, a list of their positions, and their number. For
+// walks of single channels with lists.
+struct WeightsPackListsArgs {
+  const void* const* pixels;  // as above
+  int positions;
+  int channels;
+  float* values;  // [channel][value_pitch], value_pitch >= positions + 16, for channels rounded up to lanes
+  ptrdiff_t value_pitch;
+  const uint16_t* positions_from_0;  // 0, 1, 2, ...
+  uint16_t* lists;                   // [channel][list_pitch], list_pitch >= positions + 16
+  ptrdiff_t list_pitch;
+  uint16_t* counts;  // [channel]
+};
+
 // Copies `features` of the pixels of the dense operand to [position][width]; the rest of width is zero.
 struct WeightsCopyArgs {
   const void* const* pixels;  // of each position; where it is padding, zeros
@@ -214,6 +228,7 @@ struct WeightsWalkArgs {
   const uint16_t* lists;  // as WeightsListArgs left them
   ptrdiff_t list_pitch;
   const uint16_t* counts;
+  bool packed;  // values are the non-zeros alone, as WeightsPackListsArgs leaves them; only for single channels
   int channels;
   int together;        // channels that share the loads of the dense operand where they are non-zero; 3: lists only
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
@@ -256,7 +271,8 @@ struct WeightsTransposeArgs {
 
 struct WeightsKernels {
   int64_t (*count_nonzero[kDTypes])(const void* values, int64_t count);
-  int64_t (*pack[kDTypes])(const WeightsPackArgs&);  // returns the number of non-zeros
+  int64_t (*pack[kDTypes])(const WeightsPackArgs&);             // returns the number of non-zeros
+  int64_t (*pack_lists[kDTypes])(const WeightsPackListsArgs&);  // the same
   void (*list)(const WeightsListArgs&);
   void (*copy[kDTypes])(const WeightsCopyArgs&);
   void (*walk[kMaxTapRows + 1][kMaxTapColumns + 1][kVectorChoices])(const WeightsWalkArgs&);  // null: not offered

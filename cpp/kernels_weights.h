@@ -134,13 +134,13 @@ struct Walk {
     for (const uint16_t* end = list + count; list != end; ++list) f(static_cast<size_t>(*list));
   }
 
-  // Adds the products of position i for the channels of a set.
+  // Adds the products of position i for the channels of a set; `value` is that of the first channel.
   template <int kSet, int kTogether>
-  static ST_INLINE void visit(const WeightsWalkArgs& args, size_t i, const float* values, const float* dense,
+  static ST_INLINE void visit(const WeightsWalkArgs& args, size_t i, const float* value, const float* dense,
                               Vec (&acc)[kTogether][kCount]) {
     Vec x[kTogether];
     unroll<kTogether>([&](auto j) ST_LAMBDA {
-      if constexpr ((kSet >> j & 1) != 0) x[j] = Isa::broadcast(values + j * args.value_pitch + i);
+      if constexpr ((kSet >> j & 1) != 0) x[j] = Isa::broadcast(value + j * args.value_pitch);
     });
     constexpr bool kShared = (kSet & (kSet - 1)) != 0;
     each<kShared>(dense + i * kWidth, args.tap_row * kWidth, [&](auto t, Vec y) ST_LAMBDA {
@@ -164,22 +164,26 @@ struct Walk {
     const float* values = args.values + c * args.value_pitch;
     const float* dense = args.dense;
     if constexpr (kLists) {
-      unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
-        for_entries(list, counts[index],
-                    [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values, dense, acc); });
-        list += counts[index];
-      });
+      if (kTogether == 1 && args.packed) {
+        for_entries(list, counts[0], [&](size_t i) ST_LAMBDA { visit<1>(args, i, values++, dense, acc); });
+      } else {
+        unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
+          for_entries(list, counts[index],
+                      [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values + i, dense, acc); });
+          list += counts[index];
+        });
+      }
     } else {
       static_assert(kTogether <= 2, "sets of masks");
       const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + (kTogether - 1) * args.words;
       for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
         const uint64_t a = masks_a[w], b = masks_b[w];
         if constexpr (kTogether == 1) {
-          for_bits(a, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values, dense, acc); });
+          for_bits(a, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values + i, dense, acc); });
         } else {
-          for_bits(a & ~b, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values, dense, acc); });
-          for_bits(a & b, [&](size_t i) ST_LAMBDA { visit<3>(args, i, values, dense, acc); });
-          for_bits(b & ~a, [&](size_t i) ST_LAMBDA { visit<2>(args, i, values, dense, acc); });
+          for_bits(a & ~b, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values + i, dense, acc); });
+          for_bits(a & b, [&](size_t i) ST_LAMBDA { visit<3>(args, i, values + i, dense, acc); });
+          for_bits(b & ~a, [&](size_t i) ST_LAMBDA { visit<2>(args, i, values + i, dense, acc); });
         }
       }
     }
@@ -307,6 +311,17 @@ int64_t weights_count_nonzero(const void* from, int64_t count) {
   return nonzeros;
 }
 
+// The loads and the transposition of kLanes positions of kLanes channels, of which `channels` exist.
+template <class Isa, class T>
+ST_INLINE void load_transposed(const void* const* pixels, int first, int channels,
+                               typename Isa::Vec (&v)[Isa::kLanes]) {
+  unroll<Isa::kLanes>([&](auto i) ST_LAMBDA {
+    const T* from = static_cast<const T*>(pixels[i]) + first;
+    v[i] = channels == Isa::kLanes ? Isa::load(from) : Isa::load_n(from, channels);
+  });
+  Isa::transpose(v);
+}
+
 template <class Isa, class T>
 struct Pack {
   using Vec = typename Isa::Vec;
@@ -319,13 +334,7 @@ struct Pack {
     unroll<kLanes>([&](auto c) ST_LAMBDA { mask[c] = 0; });
     for (int p = 0; p < 64; p += kLanes) {
       Vec v[kLanes];
-      if (channels == kLanes) {
-        unroll<kLanes>([&](auto i) ST_LAMBDA { v[i] = Isa::load(static_cast<const T*>(pixels[p + i]) + first); });
-      } else {
-        unroll<kLanes>([&](auto i)
-                           ST_LAMBDA { v[i] = Isa::load_n(static_cast<const T*>(pixels[p + i]) + first, channels); });
-      }
-      Isa::transpose(v);
+      load_transposed<Isa, T>(pixels + p, first, channels, v);
       unroll<kLanes>([&](auto c) ST_LAMBDA {
         Isa::store(values + c * value_pitch + p, v[c]);
         mask[c] |= static_cast<uint64_t>(Isa::nonzero(v[c])) << p;
@@ -353,6 +362,35 @@ struct Pack {
     return nonzeros;
   }
 };
+
+template <class Isa, class T>
+int64_t weights_pack_lists(const WeightsPackListsArgs& args) {
+  constexpr int kLanes = Isa::kLanes;
+  for (int c = 0; c < args.channels; ++c) args.counts[c] = 0;
+  // All channels of a few positions in turn: a pixel's lines follow each other.
+  constexpr int kStep = 64;
+  for (int begin = 0; begin < args.positions; begin += kStep) {
+    for (int first = 0; first < args.channels; first += kLanes) {
+      const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
+      for (int p = begin; p < begin + kStep; p += kLanes) {
+        typename Isa::Vec v[kLanes];
+        load_transposed<Isa, T>(args.pixels + p, first, channels, v);
+        const typename Isa::U16 positions = Isa::load_u16(args.positions_from_0 + p);
+        unroll<kLanes>([&](auto c) ST_LAMBDA {
+          if (c >= channels) return;
+          uint16_t* count = args.counts + first + c;
+          const uint32_t mask = Isa::nonzero(v[c]);
+          Isa::compress(args.values + (first + c) * args.value_pitch + *count, mask, v[c]);
+          Isa::compress_u16(args.lists + (first + c) * args.list_pitch + *count, mask, positions);
+          *count = static_cast<uint16_t>(*count + __builtin_popcount(mask));
+        });
+      }
+    }
+  }
+  int64_t nonzeros = 0;
+  for (int c = 0; c < args.channels; ++c) nonzeros += args.counts[c];
+  return nonzeros;
+}
 
 template <class Isa, int kTogether>
 void weights_list(const WeightsListArgs& args) {
@@ -451,6 +489,7 @@ template <class Isa, class T>
 constexpr void offer_moves(WeightsKernels& table) {
   table.count_nonzero[kIndexOf<T>] = weights_count_nonzero<Isa, T>;
   table.pack[kIndexOf<T>] = Pack<Isa, T>::run;
+  table.pack_lists[kIndexOf<T>] = weights_pack_lists<Isa, T>;
   table.copy[kIndexOf<T>] = weights_copy<Isa, T>;
   table.transpose[kIndexOf<T>] = weights_transpose<Isa, T>;
 }

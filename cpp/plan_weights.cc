@@ -10,7 +10,9 @@
 namespace sparsetrain {
 namespace {
 
-constexpr double kPairDensity = 0.25;    // times taps; below: sharing loads gains less than the ends of loops cost
+// Times taps; below: sharing loads gains less than the ends of loops cost. Single channels have their values packed,
+// which is worth more where one load a cycle leaves less to wait behind.
+constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2;
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
@@ -128,15 +130,17 @@ int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
 
 int64_t balanced(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::max<int64_t>(1, most))); }
 
-void block_pixels(const WeightsPlan& plan, const WeightsMachine& machine, PixelClass& cls) {
+void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
   int64_t bytes = 4 * machine.lanes, halo_rows = 0;
   for (const TapGroup& group : cls.groups) {
     bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
     halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
   }
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos.
-  const int64_t tenths = plan.sparse ? (halo_rows > 2 ? 9 : 7) : (halo_rows > 0 ? 14 : 7);
+  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos.
+  constexpr double kFew = 0.15;
+  const bool high = halo_rows > 2 || (halo_rows > 0 && density < kFew);
+  const int64_t tenths = plan.sparse ? (high ? 9 : 7) : (halo_rows > 0 ? 14 : 7);
   const int64_t share = machine.caches.l1_bytes * tenths / 10;
   const int64_t budget = std::max<int64_t>(64, share / bytes);
   const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
@@ -215,7 +219,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
           add_groups(row_taps, column_taps, sparse, density, plan.features, machine, cls.groups);
         }
       }
-      block_pixels(plan, machine, cls);
+      block_pixels(plan, density, machine, cls);
       plan.classes.push_back(cls);
     }
   }
@@ -228,7 +232,8 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
       threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
     }
   }
-  plan.together = !sparse || density * taps <= kPairDensity ? 1 : threes && density > kThreesDensity ? 3 : 2;
+  const double pairs = machine.caches.single_fma(machine.lanes) ? kPairDensitySingleFma : kPairDensity;
+  plan.together = !sparse || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
   return plan;
 }
 

@@ -257,11 +257,15 @@ class WeightsRun {
     const int64_t blocks = cls.block_count();
     const int64_t begin = blocks * item.chunk / plan_.chunks, end = blocks * (item.chunk + 1) / plan_.chunks;
     int64_t steps = 0, unused = 0;
-    bool lists = false;
+    Lists lists = plan_.together == 1 ? Lists::kPacked : Lists::kAll;
+    bool any_lists = false;
     for (const TapGroup& group : cls.groups) {
-      lists = lists || walk_lists(group.rows.taps * group.columns.taps);
+      const bool reads = walk_lists(group.rows.taps * group.columns.taps);
+      any_lists = any_lists || reads;
+      if (!reads) lists = Lists::kAll;
       for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
     }
+    if (!any_lists) lists = Lists::kNone;
     point_at_checked(cls, begin, item, scratch, scratch.checked[0]);
     point_at_dense(cls, cls.groups[0], begin, scratch, scratch.dense[0]);
     for (int64_t index = begin; index < end; ++index) {
@@ -311,6 +315,7 @@ class WeightsRun {
                                                                       scratch.lists,
                                                                       list_pitch(),
                                                                       scratch.counts,
+                                                                      lists == Lists::kPacked,
                                                                       channels,
                                                                       plan_.together,
                                                                       scratch.copy,
@@ -393,14 +398,21 @@ class WeightsRun {
     }
   }
 
-  // Packs a block for walks that read lists or masks. Returns the number of non-zeros.
-  int64_t pack(const Item& item, bool lists, const ItemScratch& scratch) const {
+  // What walks read: masks; lists, beside masks for those that do not; lists of packed values.
+  enum class Lists { kNone, kAll, kPacked };
+
+  // Packs a block for walks. Returns the number of non-zeros.
+  int64_t pack(const Item& item, Lists lists, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
+    if (lists == Lists::kPacked) {
+      return table_.pack_lists[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.positions,
+                                        scratch.lists, list_pitch(), scratch.counts});
+    }
     const int64_t nonzeros =
         table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});
     std::fill_n(scratch.masks + channels * words, (kMaxTogether - 1) * words, 0);  // completes the last set
-    if (lists) {
+    if (lists == Lists::kAll) {
       table_.list({scratch.masks, words, channels, plan_.together, scratch.positions, scratch.lists, list_pitch(),
                    scratch.counts});
     }
