@@ -174,10 +174,11 @@ struct Sweep {
   struct Place {
     const uint64_t* masks;
     const float* values;
-    float* sums;  // of the window's first column
+    float* sums;        // of the window's first column
+    const float* from;  // the same, or zeros, and what two columns are there: a branch would cost registers
+    ptrdiff_t from_step;
     const float* filter;
     uint64_t pair_mask;
-    bool zero;
     float* out;  // of that column, too; only for kOut
     ptrdiff_t out_pitch;
     bool stream;
@@ -198,13 +199,9 @@ struct Sweep {
   static ST_INLINE void step(Window& sums, Place& at) {
     uint64_t mask0 = at.masks[0], mask1 = at.masks[1];
     at.masks += 2;
-    if (__builtin_expect(at.zero, 0)) {
-      Columns::clear(sums[kTaps - 1]);
-      Columns::clear(sums[kTaps]);
-    } else {
-      Columns::load(at.sums + (kTaps - 1) * kFeatures, sums[kTaps - 1]);
-      Columns::load(at.sums + kTaps * kFeatures, sums[kTaps]);
-    }
+    Columns::load(at.from + (kTaps - 1) * kFeatures, sums[kTaps - 1]);
+    Columns::load(at.from + kTaps * kFeatures, sums[kTaps]);
+    at.from += at.from_step;
     const uint64_t both = mask0 & mask1 & at.pair_mask;
     mask0 ^= both;
     mask1 ^= both;
@@ -224,16 +221,12 @@ struct Sweep {
   }
 
   static ST_INLINE void load(const Place& at, Window& sums) {
-    unroll<kTaps - 1>([&](auto p) ST_LAMBDA {
-      if (at.zero) {
-        Columns::clear(sums[p]);
-      } else {
-        Columns::load(at.sums + p * kFeatures, sums[p]);
-      }
-    });
+    unroll<kTaps - 1>([&](auto p) ST_LAMBDA { Columns::load(at.from + p * kFeatures, sums[p]); });
   }
 
-  // Three taps of padded images are worth steps of their own at both ends, which leave out what is beyond them.
+  // Three taps of padded images are worth steps of their own at both ends, which leave out what is beyond them. With
+  // sixteen registers gcc keeps sums of them in memory.
+  static constexpr bool kEnds = kTaps == 3 && Isa::kRegisters == 32;
   template <bool kOut>
   static ST_INLINE void run_padded(Place at, int pixels) {
     Window sums;
@@ -251,8 +244,11 @@ struct Sweep {
 
   static bool run(const SweepArgs& a) {
     const ptrdiff_t first = a.first;
-    Place at{a.masks, a.values, a.sums + first * kFeatures, a.filter, a.pair_mask, a.zero, nullptr, 0, false};
-    if constexpr (kTaps == 3) {
+    alignas(64) static constexpr float kZeros[(kTaps + 1) * kFeatures] = {};
+    float* sums_at = a.sums + first * kFeatures;
+    Place at{a.masks, a.values, sums_at, a.zero ? kZeros : sums_at, a.zero ? 0 : 2 * kFeatures, a.filter, a.pair_mask,
+             nullptr, 0,        false};
+    if constexpr (kEnds) {
       if (a.first == -1 && a.pixels == a.columns && a.pixels > 2) {
         if (a.out == nullptr) {
           run_padded<false>(at, a.pixels);
