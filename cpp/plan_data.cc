@@ -95,10 +95,11 @@ struct Costs {
   double scan;          // finding the zeros of 16 channels of a pixel in place
 };
 
-// Where there is one of these a cycle (fitted to an emulation, bench/NOTES.md), loads, sums and mispredicted ends of
-// lists partly hide behind it.
+// Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
+// mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
   if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 3};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.06, 1, 20, 3, 3};
   return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 6};
 }
 

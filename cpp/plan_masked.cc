@@ -33,7 +33,7 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {1.12, 1.8, 110, 15, 0.7, 0.95, 30, 1.4, 2, 0.97, 1.1};
+  if (machine.caches.single_fma(machine.lanes)) return {1.12, 1.8, 110, 15, 0.7, 0.98, 20, 1.4, 1.5, 0.93, 0.9};
   return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 2.1};
 }
 

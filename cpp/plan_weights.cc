@@ -24,16 +24,16 @@ struct Costs {
   double group;             // copying a pixel's channels of one tile
   double copy;              // copying a vector of the dense operand
   double end;               // a mask word's mispredicted end, partly hidden
-  double walk;              // a multiply-add of a walk: mask, broadcast and load come with it; at least
+  double walk, mask_walk;   // a multiply-add of a walk of lists, of masks: broadcast and load come with it; at least
   double visit_fma, visit;  // where a visit is a few of them: each, and the visit
   double tile;              // a multiply-add of a tile
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 0.95, 1, 1.1};
+  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 1.25, 0.95, 1, 1.1};
   // Sixteen registers hold too few sums for channels to share loads.
   const double walk = machine.lanes == 8 ? 1.4 : 1.2;
-  return {8, 4, 5, 12, walk, 0.86, 3.1, 1.12};
+  return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -182,8 +182,8 @@ double estimate(const WeightsPlan& plan, double density, const WeightsMachine& m
       const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
       const double tap_vectors = static_cast<double>(taps * vectors);
       if (plan.sparse) {
-        const double walk =
-            std::max(costs.walk, costs.visit_fma + costs.visit / static_cast<double>(taps * group.vectors));
+        const double walk = std::max(walk_lists(static_cast<int>(taps)) ? costs.walk : costs.mask_walk,
+                                     costs.visit_fma + costs.visit / static_cast<double>(taps * group.vectors));
         cost += pixels * plan.channels *
                 (density * walk * tap_vectors + costs.end / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
       } else {
