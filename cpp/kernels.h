@@ -35,6 +35,7 @@ struct SweepArgs {
   const float* values;    // packed: by pair_mask as kPairs or kSingles
   const uint64_t* masks;  // a pixel's channels to visit, a bit each; zero for the one that makes an odd number even
   uint64_t pair_mask;     // all ones: two pixels share filter loads; zero: pixel by pixel (few non-zeros)
+  bool take;              // single values come out of a register: for machines with few loads for each multiply-add
   const float* filter;    // [channel][tap][vectors * lanes], 64-byte aligned
   int pixels;
   int first;    // may be negative

@@ -141,11 +141,24 @@ struct Sweep {
 
   // Channels of one pixel; its tap t belongs to window column kBase + taps-1-t. The first kLeft and the last kRight
   // columns of the window are not there.
-  template <int kBase, int kLeft, int kRight>
+  template <int kBase, int kLeft, int kRight, bool kTake>
   static ST_INLINE void visit_single(Window& sums, uint64_t mask, const float*& values, const float* filter) {
+    Vec few;  // values to take
+    int left = kLanes;
+    if constexpr (kTake) few = Isa::load(values);
     while (mask != 0) {
       const float* f = next(mask, filter);
-      const Vec value = Isa::broadcast(values++);
+      Vec value;
+      if constexpr (kTake) {
+        value = Isa::take(few);
+        ++values;
+        if (__builtin_expect(--left == 0, 0)) {
+          few = Isa::load(values);
+          left = kLanes;
+        }
+      } else {
+        value = Isa::broadcast(values++);
+      }
       unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
         constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
         if constexpr (p >= kLeft && p <= kTaps - kRight) {
@@ -179,6 +192,7 @@ struct Sweep {
     ptrdiff_t from_step;
     const float* filter;
     uint64_t pair_mask;
+    bool take;
     float* out;  // of that column, too; only for kOut
     ptrdiff_t out_pitch;
     bool stream;
@@ -207,8 +221,15 @@ struct Sweep {
     mask1 ^= both;
     const float* second = at.values + __builtin_popcountll(both);
     visit_both<kLeft, kRight>(sums, both, at.values, second, at.filter);
-    visit_single<0, kLeft, kRight>(sums, mask0, second, at.filter);
-    visit_single<1, kLeft, kRight>(sums, mask1, second, at.filter);
+    const auto singles = [&](auto take) ST_LAMBDA {
+      visit_single<0, kLeft, kRight, take != 0>(sums, mask0, second, at.filter);
+      visit_single<1, kLeft, kRight, take != 0>(sums, mask1, second, at.filter);
+    };
+    if constexpr (Isa::kTakes) {
+      at.take ? singles(Index<1>{}) : singles(Index<0>{});
+    } else {
+      singles(Index<0>{});
+    }
     at.values = second;
     if constexpr (!kOut || kLeft == 0) save<kOut>(at, 0, sums[0]);
     save<kOut>(at, 1, sums[1]);
@@ -246,8 +267,17 @@ struct Sweep {
     const ptrdiff_t first = a.first;
     alignas(64) static constexpr float kZeros[(kTaps + 1) * kFeatures] = {};
     float* sums_at = a.sums + first * kFeatures;
-    Place at{a.masks, a.values, sums_at, a.zero ? kZeros : sums_at, a.zero ? 0 : 2 * kFeatures, a.filter, a.pair_mask,
-             nullptr, 0,        false};
+    Place at{a.masks,
+             a.values,
+             sums_at,
+             a.zero ? kZeros : sums_at,
+             a.zero ? 0 : 2 * kFeatures,
+             a.filter,
+             a.pair_mask,
+             a.take,
+             nullptr,
+             0,
+             false};
     if constexpr (kEnds) {
       if (a.first == -1 && a.pixels == a.columns && a.pixels > 2) {
         if (a.out == nullptr) {

@@ -318,6 +318,8 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   plan.stream =
       (plan.pointwise || plan.packs()) && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   plan.pair_density = 0.25f;
+  // A single visit has a load for each multiply-add, and its value is one more.
+  plan.take = machine.single_fma(kernels.lanes);
   plan.value_work = (dense ? 1 : density) * static_cast<double>(shape.r * shape.s * plan.features) /
                     static_cast<double>(kernels.lanes * (fwd ? shape.stride_h * shape.stride_w : 1));
   plan.serial = serial(machine, kernels, dense ? 1 : density, plan);

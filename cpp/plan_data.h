@@ -76,6 +76,7 @@ struct DataPlan {
   int64_t fold_pad;      // zero floats before the first value of a folded row
   bool stream;           // the result by-passes the caches
   double value_work;     // multiply-adds of a vector that a value of the input leads to
+  bool take;             // single values come out of a register
   bool serial;           // too small for threads
   float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs

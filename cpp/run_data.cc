@@ -511,6 +511,7 @@ class BlockSweeper {
     SweepArgs args{};
     args.filter = s.filter;
     args.pair_mask = pair_mask();
+    args.take = call_.plan.take;
     args.columns = static_cast<int>(u_.size());
     args.sums = sums_of(s.g);
     args.zero = s.first;

@@ -37,6 +37,7 @@ constexpr LaneTables kLaneTables;
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
+  static constexpr bool kTakes = false;
   using Vec = __m256;
 
   static ST_INLINE Vec zero() { return _mm256_setzero_ps(); }

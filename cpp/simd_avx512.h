@@ -14,6 +14,7 @@ namespace {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kRegisters = 32;
+  static constexpr bool kTakes = true;
   using Vec = __m512;
 
   static ST_INLINE Vec zero() { return _mm512_setzero_ps(); }
@@ -52,6 +53,12 @@ struct Avx512 {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(even, mixed));
   }
   static ST_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static ST_INLINE Vec take(Vec& v) {
+    const Vec first = _mm512_broadcastss_ps(_mm512_castps512_ps128(v));
+    const __m512i lanes = _mm512_castps_si512(v);
+    v = _mm512_castsi512_ps(_mm512_alignr_epi32(lanes, lanes, 1));
+    return first;
+  }
   static ST_INLINE Vec load_shared(const float* p) {
     Vec v = load(p);
     asm("" : "+v"(v));

@@ -6,6 +6,7 @@
 //   stream            aligned, may by-pass the caches
 //   load_shared       of float, for several uses: from a register, when gcc would rather read memory again for each
 //   broadcast         one float to all lanes
+//   take              the first lane to all lanes; the others move on by one. Only where kTakes
 //   fma_shared        adds a * b to sum, where several of them take the same b, which is in a register
 //   nonzero           a bit per lane that is neither +0.0 nor -0.0
 //   keep              the lanes named by mask, zero elsewhere
@@ -82,6 +83,7 @@ ST_INLINE void narrow(float x, F16* to) {
 struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 16;
+  static constexpr bool kTakes = false;
   typedef float Vec __attribute__((vector_size(16)));
 
   static ST_INLINE Vec zero() { return Vec{0, 0, 0, 0}; }
