@@ -99,7 +99,7 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// A row of the input of a tile.
+// Row y of image n of the input; `slot` is its place in the scratch of a tile.
 struct InputRow {
   int64_t n, y, slot;
 };
@@ -214,22 +214,34 @@ class TileInput {
     args->first = static_cast<int>(strand.first + begin - u.begin);
   }
 
-  // The same for packed values. It sweeps all pixels of the tile.
+  // The same for packed values.
   void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, SweepArgs* args) const {
-    args->masks = masks_ + mask_index(row.slot, strand.phase, channel_block);
-    args->values = copied_row(row.slot, strand.phase, channel_block);
-    args->pixels = static_cast<int>(phases_[strand.phase].pixels.size());
-    args->first = static_cast<int>(first_column(strand, u));
+    const Range pixels = met(strand, u);
+    const uint64_t* masks = masks_ + mask_index(row.slot, strand.phase, channel_block);
+    int64_t values = 0;  // of the pixels before
+    for (int64_t i = 0; i < pixels.begin; ++i) values += __builtin_popcountll(masks[i]);
+    args->masks = masks + pixels.begin;
+    args->values = copied_row(row.slot, strand.phase, channel_block) + values;
+    args->pixels = static_cast<int>(pixels.size());
+    args->first = static_cast<int>(first_column(strand, u) + pixels.begin);
   }
-  // The columns that the pixels of the tile reach in a sweep over packed values.
+  // The columns that the pixels of such a sweep reach.
   Range reach(const Strand& strand, Range u) const {
-    const int64_t first = first_column(strand, u), pixels = phases_[strand.phase].pixels.size();
-    return {first, first + (pixels + 1) / 2 * 2 + strand.taps - 1};
+    const Range pixels = met(strand, u);
+    const int64_t first = first_column(strand, u) + pixels.begin;
+    return {first, first + (pixels.size() + 1) / 2 * 2 + strand.taps - 1};
   }
 
  private:
   int64_t first_column(const Strand& strand, Range u) const {
     return strand.first + phases_[strand.phase].pixels.begin - u.begin;
+  }
+  // Of the tile's pixels of a phase, those that meet the columns `u`: whole pairs, as they are packed.
+  Range met(const Strand& strand, Range u) const {
+    const int64_t first = first_column(strand, u), pixels = phases_[strand.phase].pixels.size();
+    const int64_t begin = std::clamp<int64_t>(1 - strand.taps - first, 0, pixels) / 2 * 2;
+    const int64_t end = std::clamp<int64_t>(u.size() - first, begin, pixels);
+    return {begin, std::min(pixels, (end + 1) / 2 * 2)};
   }
   struct Image {
     int64_t n;
