@@ -8,12 +8,11 @@
 //   backlog and expose every mispredicted loop exit.
 // - Two pixels a step. Channels that are non-zero in both load each filter vector once for two FMAs; then those of the
 //   first pixel only, then those of the second only.
-//
 // - Only what is not zero is copied for the sweeps, in the order in which they want it (scan).
+// - A step has no cases: sums lie in scratch, with padding for what pixels at the ends of a row reach beyond it.
 //
 // The accumulators are a window over taps + 1 output columns. Pixels x and x + 1 (x even) reach columns
-// first + x .. first + x + taps; after them the first two columns are finished, and the window moves on by two. What
-// pixels at the ends of a row reach beyond its columns goes to padding.
+// first + x .. first + x + taps; after them the first two columns are finished, and the window moves on by two.
 #pragma once
 
 #include <cstddef>

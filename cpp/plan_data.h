@@ -13,15 +13,16 @@
 // Along y no splitting is needed: each row of the result has a list of (input row, kernel row).
 //
 // Blocking, from outside in, in the order of the loops in run_data.cc:
-//   tile           rows x columns of the result, for all features: its input is scanned once (masks, contiguous copy).
-//                  Narrow values are widened into that copy, so sweeps read float32; it stays in L2 as the input does
-//                  that is swept in place
+//   tile           rows x columns of the result, for all features: its input is scanned once (masks; a copy, of the
+//                  non-zeros alone for sparse sweeps of several taps). Narrow values are widened into that copy, so
+//                  sweeps read float32; it stays in L2 as the input does that is swept in place
 //   feature block  vectors * lanes features; partial sums of a tile and one block stay in L2
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
 //   kernel row, strand, row of the tile: one sweep
 //
-// Scratch: per thread a tile's sums, a fifth of L2, and the copy of its input with masks, twice L2 and the halo of the
-// kernel's rows; per call the packed kernel. (A single row that is larger than these may exceed them.)
+// Scratch: per thread a tile's sums, a fifth of L2 and a few columns for each row, and the copy of its input with
+// masks, twice L2 and the halo of the kernel's rows; per call the packed kernel. (A single row that is larger than
+// these may exceed them.)
 #pragma once
 
 #include <cstdint>
