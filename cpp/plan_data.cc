@@ -99,7 +99,7 @@ struct Costs {
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
   if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 3};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.06, 1, 20, 3, 3};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 3, 3};
   return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 6};
 }
 
@@ -237,7 +237,8 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const Costs costs = costs_of(machine, kernels);
   const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
   const int work = taps * plan.vectors;
-  const double step = costs.dense + (plan.packs() && taps <= 3 ? costs.ends_of_rows : 0);
+  // Dense sweeps of one or two taps also have few sums to add to in turn.
+  const double step = costs.dense + (!plan.packs() || taps > 3 ? 0 : taps == 3 ? 1 : 2) * costs.ends_of_rows;
   // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
   // well.
   const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks) : 0;
