@@ -82,7 +82,7 @@ struct DataPlan {
   float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
 
-  bool packs() const { return copy && fold == 0 && !pointwise; }  // sparse sweeps read packed values, not pixels
+  bool packs() const { return !pointwise && fold == 0; }  // sparse sweeps read packed values, not pixels
   int64_t channel_blocks() const { return (channels + channel_block - 1) / channel_block; }
   int64_t row_tiles() const { return (images * out_rows + tile_rows - 1) / tile_rows; }
   int64_t column_tiles() const { return (out_columns + tile_columns - 1) / tile_columns; }

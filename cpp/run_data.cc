@@ -192,31 +192,28 @@ class TileInput {
 
   // Points a sweep at an input row, for the columns `u` of a strand.
   void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, PlacedSweepArgs* args) const {
-    const PhaseSlot& phase = phases_[strand.phase];
-    const int64_t begin =
-        std::max(phase.pixels.begin, std::min(phase.pixels.end, u.begin - strand.first - strand.taps + 1));
-    const int64_t end = std::max(begin, std::min(phase.pixels.end, u.end - strand.first));
-    const int64_t skipped = begin - phase.pixels.begin;
-    args->masks = masks_ + mask_index(row.slot, strand.phase, channel_block) + skipped;
+    const Range pixels = met(strand, u, 1);
+    args->masks = masks_ + mask_index(row.slot, strand.phase, channel_block) + pixels.begin;
     args->all_channels = all_channels(channel_block);
     if (plan_.fold > 0) {
-      args->values = folded_row(row.slot) + skipped * plan_.fold + channel_block * plan_.channel_block;
+      args->values = folded_row(row.slot) + pixels.begin * plan_.fold + channel_block * plan_.channel_block;
       args->value_pitch = plan_.fold;
     } else if (plan_.copy) {
-      args->values = copied_row(row.slot, strand.phase, channel_block) + skipped * plan_.channel_block;
+      args->values = copied_row(row.slot, strand.phase, channel_block) + pixels.begin * plan_.channel_block;
       args->value_pitch = plan_.channel_block;
     } else {
-      const void* first = pixel(row.n, row.y, strand.phase, begin);  // float32: narrow values are swept from a copy
+      // float32: narrow values are swept from a copy
+      const void* first = pixel(row.n, row.y, strand.phase, phases_[strand.phase].pixels.begin + pixels.begin);
       args->values = static_cast<const float*>(first) + channel_block * plan_.channel_block;
       args->value_pitch = plan_.phases[strand.phase].step * plan_.channels;
     }
-    args->pixels = static_cast<int>(end - begin);
-    args->first = static_cast<int>(strand.first + begin - u.begin);
+    args->pixels = static_cast<int>(pixels.size());
+    args->first = static_cast<int>(first_column(strand, u) + pixels.begin);
   }
 
   // The same for packed values.
   void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, SweepArgs* args) const {
-    const Range pixels = met(strand, u);
+    const Range pixels = met(strand, u, 2);
     const uint64_t* masks = masks_ + mask_index(row.slot, strand.phase, channel_block);
     int64_t values = 0;  // of the pixels before
     for (int64_t i = 0; i < pixels.begin; ++i) values += __builtin_popcountll(masks[i]);
@@ -227,7 +224,7 @@ class TileInput {
   }
   // The columns that the pixels of such a sweep reach.
   Range reach(const Strand& strand, Range u) const {
-    const Range pixels = met(strand, u);
+    const Range pixels = met(strand, u, 2);
     const int64_t first = first_column(strand, u) + pixels.begin;
     return {first, first + (pixels.size() + 1) / 2 * 2 + strand.taps - 1};
   }
@@ -236,12 +233,13 @@ class TileInput {
   int64_t first_column(const Strand& strand, Range u) const {
     return strand.first + phases_[strand.phase].pixels.begin - u.begin;
   }
-  // Of the tile's pixels of a phase, those that meet the columns `u`: whole pairs, as they are packed.
-  Range met(const Strand& strand, Range u) const {
+  // Of the tile's pixels of a phase, those that meet the columns `u`, by whole units of 1 or 2: packed ones come in
+  // pairs.
+  Range met(const Strand& strand, Range u, int64_t unit) const {
     const int64_t first = first_column(strand, u), pixels = phases_[strand.phase].pixels.size();
-    const int64_t begin = std::clamp<int64_t>(1 - strand.taps - first, 0, pixels) / 2 * 2;
+    const int64_t begin = std::clamp<int64_t>(1 - strand.taps - first, 0, pixels) / unit * unit;
     const int64_t end = std::clamp<int64_t>(u.size() - first, begin, pixels);
-    return {begin, std::min(pixels, (end + 1) / 2 * 2)};
+    return {begin, std::min(pixels, (end + unit - 1) / unit * unit)};
   }
   struct Image {
     int64_t n;
@@ -528,10 +526,12 @@ class BlockSweeper {
     args.sums = sums_of(s.g);
     args.zero = s.first;
     input_.aim(s.input, s.strand, u_, s.channel_block, &args);
-    const Range reach = input_.reach(s.strand, u_);
-    if (s.first && (args.pixels == 0 || reach.begin > 0 || reach.end < u_.size())) {
-      std::fill(args.sums, args.sums + u_.size() * features_, 0.0f);
-      args.zero = false;
+    if (s.first) {
+      const Range reach = input_.reach(s.strand, u_);
+      if (args.pixels == 0 || reach.begin > 0 || reach.end < u_.size()) {
+        std::fill(args.sums, args.sums + u_.size() * features_, 0.0f);
+        args.zero = false;
+      }
     }
     if (s.last && call_.plain() && valid_ == features_) {
       args.out = static_cast<float*>(call_.result.at(result_index(s.g, u_)));

@@ -345,8 +345,8 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
   if (!plan.product) {
     // In auto it may still skip, tile by tile. Dense sweeps zero as they write, so walks must have something to skip.
     constexpr double kFull = 0.97;
-    const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && densities.g > kFull);
-    conv_bwd_input_where(shape, dense ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
+    const bool full = mode == Mode::kAuto && densities.g > kFull;
+    conv_bwd_input_where(shape, full ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
     return;
   }
   SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
