@@ -31,22 +31,27 @@ enum class Packing {
 // features. Pixel i contributes value[i][c] * filter[c][t][:] to output column first + i + taps-1-t. The sums of a row
 // lie in scratch that has room for all columns that the pixels reach, first .. first + taps-1 + pixels (one more if
 // that is odd), also where the result has none.
-struct SweepArgs {
-  const float* values;    // packed: by pair_mask as kPairs or kSingles
+struct SweepRow {
+  const float* values;    // packed, as kPairs or kSingles
   const uint64_t* masks;  // a pixel's channels to visit, a bit each; zero for the one that makes an odd number even
-  uint64_t pair_mask;     // all ones: two pixels share filter loads; zero: pixel by pixel (few non-zeros)
-  bool take;              // single values come out of a register: for machines with few loads for each multiply-add
-  const float* filter;    // [channel][tap][vectors * lanes], 64-byte aligned
+  float* sums;            // [column][vectors * lanes], of column 0
+  bool zero;              // sums start from zero
+  float* out;             // not null: where the sums should go instead, all features of columns [0, columns)
+};
+
+struct SweepArgs {
+  const SweepRow* rows;
+  int count;
+  bool pairs;           // two pixels share filter loads; else pixel by pixel (few non-zeros)
+  bool take;            // single values come out of a register: for machines with few loads for each multiply-add
+  const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned
   int pixels;
-  int first;    // may be negative
-  int columns;  // of the result
-  float* sums;  // [column][vectors * lanes], of column 0
-  bool zero;    // sums start from zero
-  // Not null: where the sums should go instead, all features of columns [0, columns). A sweep that does so returns
-  // true.
-  float* out;
+  int first;            // may be negative
+  int columns;          // of the result
   ptrdiff_t out_pitch;  // floats between columns of out
   bool stream;          // out by-passes the caches (64-byte aligned)
+  const char* ahead;    // of each row, so many lines of 64 bytes from here on are fetched into L2
+  int ahead_lines;
 };
 
 // The same for values that are not packed, and for sums that may go to their final place.

@@ -138,32 +138,54 @@ struct Sweep {
     return f;
   }
 
-  // Channels of one pixel; its tap t belongs to window column kBase + taps-1-t. The first kLeft and the last kRight
-  // columns of the window are not there.
-  template <int kBase, int kLeft, int kRight, bool kTake>
-  static ST_INLINE void visit_single(Window& sums, uint64_t mask, const float*& values, const float* filter) {
-    Vec few;  // values to take
-    int left = kLanes;
-    if constexpr (kTake) few = Isa::load(values);
+  // A value and the filters of one channel. The pixel's tap t belongs to window column kBase + taps-1-t. The first kLeft
+  // and the last kRight columns of the window are not there.
+  template <int kBase, int kLeft, int kRight>
+  static ST_INLINE void add(Window& sums, Vec value, const float* f) {
+    unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+      constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
+      if constexpr (p >= kLeft && p <= kTaps - kRight) {
+        sums[p][v] = Isa::fma(value, Isa::load(f + i * kLanes), sums[p][v]);
+      }
+    });
+  }
+
+  // Packed values one after another.
+  struct Pairs {
+    const float* next;
+    ST_INLINE explicit Pairs(const float* at) : next(at) {}
+  };
+  struct Singles {
+    const float* next;
+    ST_INLINE explicit Singles(const float* at) : next(at) {}
+    ST_INLINE Vec take() { return Isa::broadcast(next++); }
+  };
+  // The same out of a register, which is filled by whole lines: no load for each value.
+  struct Taken {
+    const float* next;
+    Vec few;  // the first one is that at `next`
+
+    ST_INLINE explicit Taken(const float* at) : next(at) {
+      const size_t skip = reinterpret_cast<uintptr_t>(at) / sizeof(float) % kLanes;
+      few = Isa::load(at - skip);
+      for (size_t i = 0; i < skip; ++i) Isa::take(few);
+    }
+    ST_INLINE Vec take() {
+      const Vec value = Isa::take(few);
+      ++next;
+      if (__builtin_expect(reinterpret_cast<uintptr_t>(next) % (kLanes * sizeof(float)) == 0, 0)) {
+        few = Isa::load(next);
+        __builtin_prefetch(next + 8 * kLanes);
+      }
+      return value;
+    }
+  };
+
+  template <int kBase, int kLeft, int kRight, class V>
+  static ST_INLINE void visit_single(Window& sums, uint64_t mask, V& values, const float* filter) {
     while (mask != 0) {
       const float* f = next(mask, filter);
-      Vec value;
-      if constexpr (kTake) {
-        value = Isa::take(few);
-        ++values;
-        if (__builtin_expect(--left == 0, 0)) {
-          few = Isa::load(values);
-          left = kLanes;
-        }
-      } else {
-        value = Isa::broadcast(values++);
-      }
-      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
-        constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
-        if constexpr (p >= kLeft && p <= kTaps - kRight) {
-          sums[p][v] = Isa::fma(value, Isa::load(f + i * kLanes), sums[p][v]);
-        }
-      });
+      add<kBase, kLeft, kRight>(sums, values.take(), f);
     }
   }
 
@@ -183,22 +205,21 @@ struct Sweep {
   }
 
   // With few non-zeros, what a step does beside its visits is half of its time: no more than this.
+  template <class V>
   struct Place {
     const uint64_t* masks;
-    const float* values;
     float* sums;        // of the window's first column
     const float* from;  // the same, or zeros, and what two columns are there: a branch would cost registers
     ptrdiff_t from_step;
     const float* filter;
-    uint64_t pair_mask;
-    bool take;
     float* out;  // of that column, too; only for kOut
     ptrdiff_t out_pitch;
     bool stream;
+    V values;
   };
 
-  template <bool kOut>
-  static ST_INLINE void save(const Place& at, int column, const Vec (&sums)[kVectors]) {
+  template <bool kOut, class V>
+  static ST_INLINE void save(const Place<V>& at, int column, const Vec (&sums)[kVectors]) {
     if constexpr (!kOut) {
       Columns::save(at.sums + column * kFeatures, sums);
     } else if (at.stream) {
@@ -208,28 +229,29 @@ struct Sweep {
     }
   }
 
-  template <bool kOut, int kLeft, int kRight>
-  static ST_INLINE void step(Window& sums, Place& at) {
-    uint64_t mask0 = at.masks[0], mask1 = at.masks[1];
+  template <int kLeft, int kRight, class V>
+  static ST_INLINE void visit(Window& sums, uint64_t mask0, uint64_t mask1, V& values, const float* filter) {
+    visit_single<0, kLeft, kRight>(sums, mask0, values, filter);
+    visit_single<1, kLeft, kRight>(sums, mask1, values, filter);
+  }
+
+  template <int kLeft, int kRight>
+  static ST_INLINE void visit(Window& sums, uint64_t mask0, uint64_t mask1, Pairs& values, const float* filter) {
+    const uint64_t both = mask0 & mask1;
+    Singles rest(values.next + __builtin_popcountll(both));
+    visit_both<kLeft, kRight>(sums, both, values.next, rest.next, filter);
+    visit<kLeft, kRight>(sums, mask0 ^ both, mask1 ^ both, rest, filter);
+    values.next = rest.next;
+  }
+
+  template <bool kOut, int kLeft, int kRight, class V>
+  static ST_INLINE void step(Window& sums, Place<V>& at) {
+    const uint64_t mask0 = at.masks[0], mask1 = at.masks[1];
     at.masks += 2;
     Columns::load(at.from + (kTaps - 1) * kFeatures, sums[kTaps - 1]);
     Columns::load(at.from + kTaps * kFeatures, sums[kTaps]);
     at.from += at.from_step;
-    const uint64_t both = mask0 & mask1 & at.pair_mask;
-    mask0 ^= both;
-    mask1 ^= both;
-    const float* second = at.values + __builtin_popcountll(both);
-    visit_both<kLeft, kRight>(sums, both, at.values, second, at.filter);
-    const auto singles = [&](auto take) ST_LAMBDA {
-      visit_single<0, kLeft, kRight, take != 0>(sums, mask0, second, at.filter);
-      visit_single<1, kLeft, kRight, take != 0>(sums, mask1, second, at.filter);
-    };
-    if constexpr (Isa::kTakes) {
-      at.take ? singles(Index<1>{}) : singles(Index<0>{});
-    } else {
-      singles(Index<0>{});
-    }
-    at.values = second;
+    visit<kLeft, kRight>(sums, mask0, mask1, at.values, at.filter);
     if constexpr (!kOut || kLeft == 0) save<kOut>(at, 0, sums[0]);
     save<kOut>(at, 1, sums[1]);
     at.sums += 2 * kFeatures;
@@ -240,15 +262,16 @@ struct Sweep {
     });
   }
 
-  static ST_INLINE void load(const Place& at, Window& sums) {
+  template <class V>
+  static ST_INLINE void load(const Place<V>& at, Window& sums) {
     unroll<kTaps - 1>([&](auto p) ST_LAMBDA { Columns::load(at.from + p * kFeatures, sums[p]); });
   }
 
   // Three taps of padded images are worth steps of their own at both ends, which leave out what is beyond them. With
   // sixteen registers gcc keeps sums of them in memory.
   static constexpr bool kEnds = kTaps == 3 && Isa::kRegisters == 32;
-  template <bool kOut>
-  static ST_INLINE void run_padded(Place at, int pixels) {
+  template <bool kOut, class V>
+  static ST_INLINE void run_padded(Place<V> at, int pixels) {
     Window sums;
     load(at, sums);
     const uint64_t* end = at.masks + (pixels - 1) / 2 * 2;
@@ -262,40 +285,51 @@ struct Sweep {
     }
   }
 
-  static bool run(const SweepArgs& a) {
+  template <class V>
+  static ST_INLINE bool run_over(const SweepArgs& args) {
+    const SweepArgs a = args;
     const ptrdiff_t first = a.first;
     alignas(64) static constexpr float kZeros[(kTaps + 1) * kFeatures] = {};
-    float* sums_at = a.sums + first * kFeatures;
-    Place at{a.masks,
-             a.values,
-             sums_at,
-             a.zero ? kZeros : sums_at,
-             a.zero ? 0 : 2 * kFeatures,
-             a.filter,
-             a.pair_mask,
-             a.take,
-             nullptr,
-             0,
-             false};
-    if constexpr (kEnds) {
-      if (a.first == -1 && a.pixels == a.columns && a.pixels > 2) {
-        if (a.out == nullptr) {
+    const bool padded = kEnds && a.first == -1 && a.pixels == a.columns && a.pixels > 2;
+    const char* ahead = a.ahead;
+    for (const SweepRow *row = a.rows, *end = row + a.count; row < end; ++row) {
+      for (int i = 0; i < a.ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      float* sums_at = row->sums + first * kFeatures;
+      Place<V> at{row->masks,
+                  sums_at,
+                  row->zero ? kZeros : sums_at,
+                  row->zero ? 0 : 2 * kFeatures,
+                  a.filter,
+                  nullptr,
+                  a.out_pitch,
+                  a.stream,
+                  V(row->values)};
+      if constexpr (kEnds) {
+        if (padded && row->out == nullptr) {
           run_padded<false>(at, a.pixels);
-          return false;
+          continue;
         }
-        at.out = a.out + first * a.out_pitch;
-        at.out_pitch = a.out_pitch;
-        at.stream = a.stream;
-        run_padded<true>(at, a.pixels);
-        return true;
+        if (padded) {
+          at.out = row->out + first * a.out_pitch;
+          run_padded<true>(at, a.pixels);
+          continue;
+        }
       }
+      Window sums;
+      load(at, sums);
+      const uint64_t* last = at.masks + (a.pixels + 1) / 2 * 2;
+      while (at.masks < last) step<false, 0, 0>(sums, at);
+      unroll<kTaps - 1>([&](auto p) ST_LAMBDA { save<false>(at, p, sums[p]); });
     }
-    Window sums;
-    load(at, sums);
-    const uint64_t* end = at.masks + (a.pixels + 1) / 2 * 2;
-    while (at.masks < end) step<false, 0, 0>(sums, at);
-    unroll<kTaps - 1>([&](auto p) ST_LAMBDA { save<false>(at, p, sums[p]); });
-    return false;
+    return padded;
+  }
+
+  static bool run(const SweepArgs& a) {
+    if (a.pairs) return run_over<Pairs>(a);
+    if constexpr (Isa::kTakes) {
+      if (a.take) return run_over<Taken>(a);
+    }
+    return run_over<Singles>(a);
   }
 };
 

@@ -192,7 +192,7 @@ class TileInput {
 
   // Points a sweep at an input row, for the columns `u` of a strand.
   void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, PlacedSweepArgs* args) const {
-    const Range pixels = met(strand, u, 1);
+    const Range pixels = met<1>(strand, u);
     args->masks = masks_ + mask_index(row.slot, strand.phase, channel_block) + pixels.begin;
     args->all_channels = all_channels(channel_block);
     if (plan_.fold > 0) {
@@ -211,35 +211,40 @@ class TileInput {
     args->first = static_cast<int>(first_column(strand, u) + pixels.begin);
   }
 
-  // The same for packed values.
-  void aim(const InputRow& row, const Strand& strand, Range u, int64_t channel_block, SweepArgs* args) const {
-    const Range pixels = met(strand, u, 2);
+  // How packed sweeps of a strand go over the columns `u`: the same for all rows.
+  struct Way {
+    int64_t begin;  // of the tile's pixels of the strand's phase: the first one swept
+    int pixels;
+    int first;    // column of the first tap's sum of the first pixel
+    Range reach;  // columns that the pixels write to
+  };
+  Way way(const Strand& strand, Range u) const {
+    const Range pixels = met<2>(strand, u);
+    const int64_t first = first_column(strand, u) + pixels.begin;
+    return {pixels.begin,
+            static_cast<int>(pixels.size()),
+            static_cast<int>(first),
+            {first, first + (pixels.size() + 1) / 2 * 2 + strand.taps - 1}};
+  }
+  void aim(const InputRow& row, const Strand& strand, const Way& way, int64_t channel_block, SweepRow* to) const {
     const uint64_t* masks = masks_ + mask_index(row.slot, strand.phase, channel_block);
     int64_t values = 0;  // of the pixels before
-    for (int64_t i = 0; i < pixels.begin; ++i) values += __builtin_popcountll(masks[i]);
-    args->masks = masks + pixels.begin;
-    args->values = copied_row(row.slot, strand.phase, channel_block) + values;
-    args->pixels = static_cast<int>(pixels.size());
-    args->first = static_cast<int>(first_column(strand, u) + pixels.begin);
-  }
-  // The columns that the pixels of such a sweep reach.
-  Range reach(const Strand& strand, Range u) const {
-    const Range pixels = met(strand, u, 2);
-    const int64_t first = first_column(strand, u) + pixels.begin;
-    return {first, first + (pixels.size() + 1) / 2 * 2 + strand.taps - 1};
+    for (int64_t i = 0; i < way.begin; ++i) values += __builtin_popcountll(masks[i]);
+    to->masks = masks + way.begin;
+    to->values = copied_row(row.slot, strand.phase, channel_block) + values;
   }
 
  private:
   int64_t first_column(const Strand& strand, Range u) const {
     return strand.first + phases_[strand.phase].pixels.begin - u.begin;
   }
-  // Of the tile's pixels of a phase, those that meet the columns `u`, by whole units of 1 or 2: packed ones come in
-  // pairs.
-  Range met(const Strand& strand, Range u, int64_t unit) const {
+  // Of the tile's pixels of a phase, those that meet the columns `u`, by whole units: packed ones come in pairs.
+  template <int64_t kUnit>
+  Range met(const Strand& strand, Range u) const {
     const int64_t first = first_column(strand, u), pixels = phases_[strand.phase].pixels.size();
-    const int64_t begin = std::clamp<int64_t>(1 - strand.taps - first, 0, pixels) / unit * unit;
+    const int64_t begin = std::clamp<int64_t>(1 - strand.taps - first, 0, pixels) / kUnit * kUnit;
     const int64_t end = std::clamp<int64_t>(u.size() - first, begin, pixels);
-    return {begin, std::min(pixels, (end + unit - 1) / unit * unit)};
+    return {begin, std::min(pixels, (end + kUnit - 1) / kUnit * kUnit)};
   }
   struct Image {
     int64_t n;
@@ -396,7 +401,7 @@ struct SumsLayout {
       pitch = std::max(pitch, u.size());
       for (const Strand& s : c.strands) {
         if (!packed || u.size() <= 0) continue;
-        const Range reach = input.reach(s, u);
+        const Range reach = input.way(s, u).reach;
         before = std::max(before, -reach.begin);
         after = std::max(after, reach.end - u.size());
       }
@@ -456,6 +461,8 @@ class BlockSweeper {
       if (walk_ == Walk::kNone || kernel_rows_[g - rows_.begin].end < 0 || class_->strands.empty()) write_zeros(g);
     }
     if (walk_ == Walk::kNone) return;
+    ways_.clear();
+    for (const Strand& strand : class_->strands) ways_.push_back(input_.way(strand, u_));
     const int64_t channel_blocks = plan.channel_blocks();
     for (int64_t cb = 0; cb < channel_blocks; ++cb) {
       for (int64_t r = 0; r < plan.kernel_rows; ++r) {
@@ -465,33 +472,23 @@ class BlockSweeper {
         } else {
           call_.layout.pack_row(call_.kernels, call_.rhs, block, cls, cb, r, row_filter_);
         }
-        for (const Strand& strand : class_->strands) {
-          const bool first = &strand == &class_->strands.front(), last = &strand == &class_->strands.back();
-          for (const Meeting& m : meetings_[r]) {
-            const Range& range = kernel_rows_[m.g - rows_.begin];
-            const Sweep sweep{strand,
-                              filter,
-                              m.g,
-                              m.input,
-                              cb,
-                              cb == 0 && r == range.begin && first,
-                              cb + 1 == channel_blocks && r == range.end && last};
-            walk_ == Walk::kDense || !plan.packs() ? run_placed(sweep) : run_packed(sweep);
-          }
-          filter += plan.channel_block * strand.taps * features_;
+        for (size_t i = 0; i < class_->strands.size(); ++i) {
+          const Sweep sweep{class_->strands[i], ways_[i], filter, cb, r, i == 0, i + 1 == class_->strands.size()};
+          walk_ == Walk::kDense || !plan.packs() ? run_placed(sweep) : run_packed(sweep);
+          filter += plan.channel_block * sweep.strand.taps * features_;
         }
       }
     }
   }
 
  private:
+  // Of a strand of kernel row r over all rows of the tile that it meets.
   struct Sweep {
     const Strand& strand;
+    const TileInput::Way& way;
     const float* filter;
-    int64_t g;  // row of the result
-    const InputRow& input;
-    int64_t channel_block;
-    bool first, last;  // of its row of the result
+    int64_t channel_block, r;
+    bool first_strand, last_strand;
   };
   struct Meeting {
     int64_t g;
@@ -499,7 +496,6 @@ class BlockSweeper {
   };
 
   float* sums_of(int64_t g) const { return sums_ + (g - rows_.begin) * layout_.pitch * features_; }
-  uint64_t pair_mask() const { return walk_ == Walk::kPairs ? ~uint64_t{0} : 0; }
 
   // A part of a row of the result.
   int64_t result_index(int64_t g, Range part) const {
@@ -517,29 +513,52 @@ class BlockSweeper {
     });
   }
 
-  void run_packed(const Sweep& s) const {
-    SweepArgs args{};
-    args.filter = s.filter;
-    args.pair_mask = pair_mask();
-    args.take = call_.plan.take;
-    args.columns = static_cast<int>(u_.size());
-    args.sums = sums_of(s.g);
-    args.zero = s.first;
-    input_.aim(s.input, s.strand, u_, s.channel_block, &args);
-    if (s.first) {
-      const Range reach = input_.reach(s.strand, u_);
-      if (args.pixels == 0 || reach.begin > 0 || reach.end < u_.size()) {
-        std::fill(args.sums, args.sums + u_.size() * features_, 0.0f);
-        args.zero = false;
+  // Whether it is the first or the last sweep of row g of the result.
+  bool is_first(const Sweep& s, int64_t g) const {
+    return s.first_strand && s.channel_block == 0 && s.r == kernel_rows_[g - rows_.begin].begin;
+  }
+  bool is_last(const Sweep& s, int64_t g) const {
+    return s.last_strand && s.channel_block + 1 == call_.plan.channel_blocks() &&
+           s.r == kernel_rows_[g - rows_.begin].end;
+  }
+
+  void run_packed(const Sweep& s) {
+    const bool plain = call_.plain() && valid_ == features_;
+    const bool covers = s.way.pixels > 0 && s.way.reach.begin <= 0 && s.way.reach.end >= u_.size();
+    sweep_rows_.clear();
+    for (const Meeting& m : meetings_[s.r]) {
+      SweepRow row{};
+      input_.aim(m.input, s.strand, s.way, s.channel_block, &row);
+      row.sums = sums_of(m.g);
+      row.zero = is_first(s, m.g);
+      if (row.zero && !covers) {
+        std::fill(row.sums, row.sums + u_.size() * features_, 0.0f);
+        row.zero = false;
       }
+      if (plain && is_last(s, m.g)) row.out = static_cast<float*>(call_.result.at(result_index(m.g, u_)));
+      sweep_rows_.push_back(row);
     }
-    if (s.last && call_.plain() && valid_ == features_) {
-      args.out = static_cast<float*>(call_.result.at(result_index(s.g, u_)));
-      args.out_pitch = result_pitch();
-      args.stream = call_.stream;
+    SweepArgs args{};
+    args.rows = sweep_rows_.data();
+    args.count = static_cast<int>(sweep_rows_.size());
+    args.pairs = walk_ == Walk::kPairs;
+    args.take = call_.plan.take;
+    args.filter = s.filter;
+    args.pixels = s.way.pixels;
+    args.first = s.way.first;
+    args.columns = static_cast<int>(u_.size());
+    args.out_pitch = result_pitch();
+    args.stream = call_.stream;
+    if (call_.packed != nullptr && args.count > 0) {  // the filter block that comes next
+      const int64_t floats = call_.plan.channel_block * s.strand.taps * features_;
+      args.ahead = reinterpret_cast<const char*>(s.filter + floats);
+      args.ahead_lines = static_cast<int>((floats / 16 + args.count - 1) / args.count);
     }
-    const bool placed = args.pixels > 0 && call_.kernels.data.sweep[s.strand.taps][vectors_](args);
-    if (s.last && !placed) finish(s.g, u_, args.sums);
+    const bool placed = s.way.pixels > 0 && call_.kernels.data.sweep[s.strand.taps][vectors_](args);
+    if (placed && plain) return;
+    for (const Meeting& m : meetings_[s.r]) {
+      if (is_last(s, m.g)) finish(m.g, u_, sums_of(m.g));
+    }
   }
 
   // Moves a part of a row of sums to the result.
@@ -556,22 +575,25 @@ class BlockSweeper {
         walk_ == Walk::kDense ? table.dense_sweep[s.strand.taps][vectors_] : table.point_sweep[vectors_];
     PlacedSweepArgs args{};
     args.filter = s.filter;
-    args.pair_mask = pair_mask();
+    args.pair_mask = walk_ == Walk::kPairs ? ~uint64_t{0} : 0;
     // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
     args.value_lines = call_.plan.copy || walk_ == Walk::kDense ? 0 : (call_.plan.channel_block + 15) / 16;
-    float* tile = sums_of(s.g);
-    const auto sweep = [&](Range part) {
-      args.columns = static_cast<int>(part.size());
-      args.tile = s.first ? nullptr : tile + (part.begin - u_.begin) * features_;
-      input_.aim(s.input, s.strand, part, s.channel_block, &args);
-      ahead_->aim(part.size(), &args);
-      kernel(args);
-    };
-    if (s.last) {
-      place(s.g, args, sweep);
-    } else {
-      to_scratch(tile, args);
-      sweep(u_);
+    for (const Meeting& m : meetings_[s.r]) {
+      float* tile = sums_of(m.g);
+      const bool first = is_first(s, m.g);
+      const auto sweep = [&](Range part) {
+        args.columns = static_cast<int>(part.size());
+        args.tile = first ? nullptr : tile + (part.begin - u_.begin) * features_;
+        input_.aim(m.input, s.strand, part, s.channel_block, &args);
+        ahead_->aim(part.size(), &args);
+        kernel(args);
+      };
+      if (is_last(s, m.g)) {
+        place(m.g, args, sweep);
+      } else {
+        to_scratch(tile, args);
+        sweep(u_);
+      }
     }
   }
 
@@ -619,7 +641,9 @@ class BlockSweeper {
   std::vector<std::vector<Meeting>> meetings_;  // of each kernel row: what it brings together
   // Of the block at hand:
   const ColumnClass* class_ = nullptr;
-  Range u_{0, 0};  // its columns
+  Range u_{0, 0};                      // its columns
+  std::vector<TileInput::Way> ways_;  // of its strands
+  std::vector<SweepRow> sweep_rows_;
   int64_t vectors_ = 0, features_ = 0, first_feature_ = 0, valid_ = 0;
 };
 
