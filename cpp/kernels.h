@@ -122,9 +122,10 @@ struct DataKernels {
   void (*stream_fence)();                           // after sweeps that streamed, before another thread may read
   int64_t (*scan[kDTypes])(const ScanArgs&);
   void (*widen[kDTypes])(const void* src, float* dst, int64_t count);
-  // dst[i][j] = src[i][j], i < rows, j < cols; pads j up to width with zeros.
-  void (*pack[kDTypes])(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols,
-                        int width);
+  // Cuts rows into blocks of `width`: dst[b * block_pitch + i * dst_pitch + j] = src[i][b * width + j], i < rows,
+  // b * width + j < cols; pads the last block up to width with zeros.
+  void (*pack[kDTypes])(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, ptrdiff_t block_pitch,
+                        int rows, int cols, int width);
   // dst[j][i] = src[i][j], i < rows, j < cols; pads i up to a multiple of lanes with zeros.
   void (*transpose[kDTypes])(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols);
   void (*finish[kDTypes][kDTypes])(const FinishArgs&);  // [of keep][of out]; null unless they agree or out is float32

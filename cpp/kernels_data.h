@@ -633,15 +633,19 @@ void widen_values(const void* src, float* dst, int64_t count) {
 }
 
 template <class Isa, class T>
-void pack_rows(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, int rows, int cols, int width) {
+void pack_rows(const void* src, ptrdiff_t src_pitch, float* dst, ptrdiff_t dst_pitch, ptrdiff_t block_pitch, int rows,
+               int cols, int width) {
   const T* from = static_cast<const T*>(src);
   for (int i = 0; i < rows; ++i, from += src_pitch, dst += dst_pitch) {
-    for (int j = 0; j < width; j += Isa::kLanes) {
-      const int left = cols - j;
-      Isa::store(dst + j, left >= Isa::kLanes ? Isa::load(from + j)
-                          : left > 0          ? Isa::load_n(from + j, left)
-                                              : Isa::zero());
-      __builtin_prefetch(from + 8 * src_pitch + j);
+    float* to = dst;
+    for (int j0 = 0; j0 < cols; j0 += width, to += block_pitch) {
+      for (int j = 0; j < width; j += Isa::kLanes) {
+        const int left = cols - j0 - j;
+        Isa::store(to + j, left >= Isa::kLanes ? Isa::load(from + j0 + j)
+                           : left > 0          ? Isa::load_n(from + j0 + j, left)
+                                               : Isa::zero());
+        __builtin_prefetch(from + 8 * src_pitch + j0 + j);
+      }
     }
   }
 }

@@ -13,6 +13,12 @@
 namespace sparsetrain {
 namespace {
 
+// Of pixels, columns, rows or blocks.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
 // The kernel in the order in which the sweeps read it: [feature block][class][channel block][kernel row][strand], each
 // a filter block [channel][tap][feature].
 class PackedKernel {
@@ -47,11 +53,12 @@ class PackedKernel {
                                (channel_block * plan_.kernel_rows + r) * row_floats(block, cls));
   }
 
-  // The filter blocks of one kernel row.
-  void pack_row(const Kernels& kernels, ConstTensor rhs, int64_t block, size_t cls, int64_t channel_block, int64_t r,
+  // The filter blocks of one kernel row, of feature blocks that have as many vectors as the first of them.
+  void pack_row(const Kernels& kernels, ConstTensor rhs, Range blocks, size_t cls, int64_t channel_block, int64_t r,
                 float* dst) const {
-    const int64_t features = vectors(block) * lanes_, f0 = block * plan_.vectors * lanes_;
-    const int64_t valid = std::min(features, plan_.features - f0), whole = (valid + lanes_ - 1) / lanes_ * lanes_;
+    const int64_t features = vectors(blocks.begin) * lanes_, f0 = blocks.begin * plan_.vectors * lanes_;
+    const int64_t valid = std::min(blocks.size() * features, plan_.features - f0);
+    const int64_t block_pitch = floats_per_feature_ * features;
     const int64_t c0 = channel_block * plan_.channel_block;
     const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - c0);
     for (const Strand& strand : plan_.classes[cls].strands) {
@@ -61,11 +68,14 @@ class PackedKernel {
         float* to = dst + t * features;
         if (plan_.op == DataOp::kFwd) {
           kernels.data.pack[index_of(rhs.dtype)](rhs.at((tap * plan_.channels + c0) * plan_.features + f0),
-                                                 plan_.features, to, pitch, static_cast<int>(channels),
+                                                 plan_.features, to, pitch, block_pitch, static_cast<int>(channels),
                                                  static_cast<int>(valid), static_cast<int>(features));
-        } else {
-          const void* src = rhs.at((tap * plan_.features + f0) * plan_.channels + c0);
-          kernels.data.transpose[index_of(rhs.dtype)](src, plan_.channels, to, pitch, static_cast<int>(valid),
+          continue;
+        }
+        for (int64_t f = 0; f < valid; f += features, to += block_pitch) {
+          const int64_t here = std::min(features, valid - f), whole = (here + lanes_ - 1) / lanes_ * lanes_;
+          kernels.data.transpose[index_of(rhs.dtype)](rhs.at((tap * plan_.features + f0 + f) * plan_.channels + c0),
+                                                      plan_.channels, to, pitch, static_cast<int>(here),
                                                       static_cast<int>(channels));
           for (int64_t c = 0; c < channels && whole < features; ++c) {
             std::fill(to + c * pitch + whole, to + c * pitch + features, 0.0f);
@@ -76,12 +86,13 @@ class PackedKernel {
     }
   }
 
-  // The filter blocks of all features and classes: a block reads some of each line of the kernel, the next one the
-  // rest.
+  // The filter blocks of all features and classes.
   void pack(const Kernels& kernels, ConstTensor rhs, int64_t channel_block, int64_t r, float* packed) const {
+    const int64_t whole = plan_.last_vectors == plan_.vectors ? plan_.blocks : plan_.blocks - 1;
     for (size_t cls = 0; cls < plan_.classes.size(); ++cls) {
-      for (int64_t block = 0; block < plan_.blocks; ++block) {
-        pack_row(kernels, rhs, block, cls, channel_block, r, packed + offset(block, cls, channel_block, r));
+      for (const Range blocks : {Range{0, whole}, Range{whole, plan_.blocks}}) {
+        if (blocks.size() == 0) continue;
+        pack_row(kernels, rhs, blocks, cls, channel_block, r, packed + offset(blocks.begin, cls, channel_block, r));
       }
     }
   }
@@ -91,12 +102,6 @@ class PackedKernel {
   int lanes_;
   int64_t floats_per_feature_;
   std::vector<int64_t> taps_before_;
-};
-
-// Range of pixels or columns along x.
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
 };
 
 // Row y of image n of the input; `slot` is its place in the scratch of a tile.
@@ -470,7 +475,7 @@ class BlockSweeper {
         if (call_.packed != nullptr) {
           filter = call_.packed + call_.layout.offset(block, cls, cb, r);
         } else {
-          call_.layout.pack_row(call_.kernels, call_.rhs, block, cls, cb, r, row_filter_);
+          call_.layout.pack_row(call_.kernels, call_.rhs, {block, block + 1}, cls, cb, r, row_filter_);
         }
         for (size_t i = 0; i < class_->strands.size(); ++i) {
           const Sweep sweep{class_->strands[i], ways_[i], filter, cb, r, i == 0, i + 1 == class_->strands.size()};
