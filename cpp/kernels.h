@@ -27,6 +27,15 @@ enum class Packing {
              // second there, then what is left of the first, and of the second
 };
 
+// Memory to be fetched into L2, some for each row of a sweep: lines of 64 bytes one after another if pieces is 0, else
+// `rows` rows of `pieces` pieces of some lines.
+struct Ahead {
+  const char* at;
+  int each;  // lines, or rows, for each row of the sweep
+  int rows, pieces, lines;
+  ptrdiff_t row_pitch, piece_pitch;  // bytes
+};
+
 // One sweep: a row of input pixels, one block of input channels, the taps of one filter row, one block of output
 // features. Pixel i contributes value[i][c] * filter[c][t][:] to output column first + i + taps-1-t. The sums of a row
 // lie in scratch that has room for all columns that the pixels reach, first .. first + taps-1 + pixels (one more if
@@ -50,8 +59,9 @@ struct SweepArgs {
   int columns;          // of the result
   ptrdiff_t out_pitch;  // floats between columns of out
   bool stream;          // out by-passes the caches (64-byte aligned)
-  const char* ahead;    // of each row, so many lines of 64 bytes from here on are fetched into L2
-  int ahead_lines;
+  Ahead ahead;          // fetched on the side
+  const char* input_ahead;
+  int input_lines;
 };
 
 // The same for values that are not packed, and for sums that may go to their final place.

@@ -285,15 +285,30 @@ struct Sweep {
     }
   }
 
+  static ST_INLINE void fetch(Ahead& ahead) {
+    if (ahead.pieces == 0) {
+      for (int i = 0; i < ahead.each; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+      return;
+    }
+    for (int i = 0; i < ahead.each && ahead.rows > 0; ++i, --ahead.rows, ahead.at += ahead.row_pitch) {
+      const char* piece = ahead.at;
+      for (int p = 0; p < ahead.pieces; ++p, piece += ahead.piece_pitch) {
+        for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(piece + 64 * line, 0, 2);
+      }
+    }
+  }
+
   template <class V>
   static ST_INLINE bool run_over(const SweepArgs& args) {
     const SweepArgs a = args;
     const ptrdiff_t first = a.first;
     alignas(64) static constexpr float kZeros[(kTaps + 1) * kFeatures] = {};
     const bool padded = kEnds && a.first == -1 && a.pixels == a.columns && a.pixels > 2;
-    const char* ahead = a.ahead;
+    Ahead ahead = a.ahead;
+    const char* input_ahead = a.input_ahead;
     for (const SweepRow *row = a.rows, *end = row + a.count; row < end; ++row) {
-      for (int i = 0; i < a.ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      fetch(ahead);
+      for (int i = 0; i < a.input_lines; ++i, input_ahead += 64) __builtin_prefetch(input_ahead, 0, 2);
       float* sums_at = row->sums + first * kFeatures;
       Place<V> at{row->masks,
                   sums_at,

@@ -86,6 +86,24 @@ class PackedKernel {
     }
   }
 
+  // What pack_row reads of the kernel for a feature block, if all taps of the row are in one class of columns.
+  Ahead source(ConstTensor rhs, int64_t block, int64_t r, int64_t channel_block) const {
+    const int64_t f0 = block * plan_.vectors * lanes_, c0 = channel_block * plan_.channel_block;
+    const int64_t features = std::min(vectors(block) * lanes_, plan_.features - f0);
+    const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - c0);
+    const bool fwd = plan_.op == DataOp::kFwd;
+    const int64_t size = rhs.size(), rows = plan_.channels, cols = plan_.features;
+    const int64_t tap = r * plan_.kernel_columns * rows * cols;
+    const void* at = rhs.at(tap + (fwd ? c0 * cols + f0 : f0 * rows + c0));
+    return {static_cast<const char*>(at),
+            0,
+            static_cast<int>(fwd ? channels : features),
+            static_cast<int>(plan_.kernel_columns),
+            static_cast<int>(((fwd ? features : channels) * size + 63) / 64),
+            (fwd ? cols : rows) * size,
+            rows * cols * size};
+  }
+
   // The filter blocks of all features and classes.
   void pack(const Kernels& kernels, ConstTensor rhs, int64_t channel_block, int64_t r, float* packed) const {
     const int64_t whole = plan_.last_vectors == plan_.vectors ? plan_.blocks : plan_.blocks - 1;
@@ -347,10 +365,10 @@ class TileInput {
 };
 
 // Input that this thread will probably scan next, fetched into L2 while it sweeps.
-class Ahead {
+class InputAhead {
  public:
   // `sweeps` of `columns` columns each are to fetch `bytes` from `begin`.
-  Ahead(const void* begin, int64_t bytes, int64_t columns, int64_t sweeps)
+  InputAhead(const void* begin, int64_t bytes, int64_t columns, int64_t sweeps)
       : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {
     const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
     lines_ = static_cast<int>((bytes / 64 + steps - 1) / steps);
@@ -360,6 +378,13 @@ class Ahead {
     args->prefetch = next_;
     args->prefetch_lines = next_ + bytes <= end_ ? lines_ : 0;
     next_ += args->prefetch_lines > 0 ? bytes : 0;
+  }
+  // For so many sweeps.
+  void aim(int64_t columns, int64_t sweeps, SweepArgs* args) {
+    const int64_t lines = lines_ * ((columns + 1) / 2), bytes = 64 * lines * sweeps;
+    args->input_ahead = next_;
+    args->input_lines = next_ + bytes <= end_ ? static_cast<int>(lines) : 0;
+    next_ += args->input_lines > 0 ? bytes : 0;
   }
 
  private:
@@ -426,7 +451,7 @@ class BlockSweeper {
   // `sums` is column 0 of the first row; `finished` has room for Call::finish_columns, `row_filter` for the filter
   // blocks of a kernel row if the call packs none.
   BlockSweeper(const Call& call, const TileInput& input, Walk walk, Range rows, Range columns, const SumsLayout& layout,
-               float* sums, float* finished, float* row_filter, Ahead* ahead)
+               float* sums, float* finished, float* row_filter, InputAhead* ahead)
       : call_(call),
         input_(input),
         walk_(walk),
@@ -458,6 +483,7 @@ class BlockSweeper {
     class_ = &plan.classes[cls];
     u_ = SumsLayout::columns_of(*class_, columns_);
     if (u_.size() <= 0) return;
+    block_ = block;
     vectors_ = call_.layout.vectors(block);
     features_ = vectors_ * call_.kernels.lanes;
     first_feature_ = block * plan.vectors * call_.kernels.lanes;
@@ -527,6 +553,27 @@ class BlockSweeper {
            s.r == kernel_rows_[g - rows_.begin].end;
   }
 
+  // The filter block that comes next, as it lies in memory.
+  Ahead filter_ahead(const Sweep& s, int sweep_rows) const {
+    const DataPlan& plan = call_.plan;
+    const auto share = [&](int64_t all) { return static_cast<int>((all + sweep_rows - 1) / sweep_rows); };
+    Ahead ahead{};
+    if (sweep_rows == 0) return ahead;
+    if (call_.packed != nullptr) {
+      const int64_t floats = plan.channel_block * s.strand.taps * features_;
+      ahead.at = reinterpret_cast<const char*>(s.filter + floats);
+      ahead.each = share(floats / 16);
+      return ahead;
+    }
+    const bool next_row = s.r + 1 < plan.kernel_rows, next_channels = s.channel_block + 1 < plan.channel_blocks();
+    const int64_t cb = next_row ? s.channel_block : next_channels ? s.channel_block + 1 : 0;
+    const int64_t block = next_row || next_channels ? block_ : block_ + 1;
+    if (block == plan.blocks) return ahead;
+    ahead = call_.layout.source(call_.rhs, block, next_row ? s.r + 1 : 0, cb);
+    ahead.each = share(ahead.rows);
+    return ahead;
+  }
+
   void run_packed(const Sweep& s) {
     const bool plain = call_.plain() && valid_ == features_;
     const bool covers = s.way.pixels > 0 && s.way.reach.begin <= 0 && s.way.reach.end >= u_.size();
@@ -554,11 +601,8 @@ class BlockSweeper {
     args.columns = static_cast<int>(u_.size());
     args.out_pitch = result_pitch();
     args.stream = call_.stream;
-    if (call_.packed != nullptr && args.count > 0) {  // the filter block that comes next
-      const int64_t floats = call_.plan.channel_block * s.strand.taps * features_;
-      args.ahead = reinterpret_cast<const char*>(s.filter + floats);
-      args.ahead_lines = static_cast<int>((floats / 16 + args.count - 1) / args.count);
-    }
+    args.ahead = filter_ahead(s, args.count);
+    ahead_->aim(u_.size(), args.count, &args);
     const bool placed = s.way.pixels > 0 && call_.kernels.data.sweep[s.strand.taps][vectors_](args);
     if (placed && plain) return;
     for (const Meeting& m : meetings_[s.r]) {
@@ -641,7 +685,7 @@ class BlockSweeper {
   const Range rows_, columns_;
   const SumsLayout& layout_;
   float *sums_, *finished_, *row_filter_;
-  Ahead* ahead_;
+  InputAhead* ahead_;
   std::vector<Range> kernel_rows_;  // of each row of the tile: [first, last], or first > last if it has none
   std::vector<std::vector<Meeting>> meetings_;  // of each kernel row: what it brings together
   // Of the block at hand:
@@ -649,7 +693,7 @@ class BlockSweeper {
   Range u_{0, 0};                      // its columns
   std::vector<TileInput::Way> ways_;  // of its strands
   std::vector<SweepRow> sweep_rows_;
-  int64_t vectors_ = 0, features_ = 0, first_feature_ = 0, valid_ = 0;
+  int64_t block_ = 0, vectors_ = 0, features_ = 0, first_feature_ = 0, valid_ = 0;
 };
 
 void count_path(DataOp op, bool dense) {
@@ -681,7 +725,23 @@ Walk choose_walk(const Call& call, TileInput& input) {
   return (pairs != other) ? Walk::kPairs : Walk::kSingles;
 }
 
-// `next` is the range of columns that this thread will probably run next; empty if unknown.
+// The part of the input that a tile reads, if that is whole rows or one row; else none.
+Range input_of(const DataPlan& plan, int64_t tile) {
+  if (plan.row_tiles() == 1) {
+    if (!plan.pointwise) return {0, 0};
+    const int64_t column = tile * plan.tile_columns;
+    return {column * plan.channels, std::min(plan.out_columns, column + plan.tile_columns) * plan.channels};
+  }
+  if (plan.column_tiles() > 1) return {0, 0};
+  const int64_t row = tile * plan.tile_rows, last = std::min(plan.images * plan.out_rows, row + plan.tile_rows) - 1;
+  const int64_t n0 = row / plan.out_rows, n1 = last / plan.out_rows;
+  const int64_t y0 = plan.input_rows(row % plan.out_rows, row % plan.out_rows + 1).first;
+  const int64_t y1 = plan.input_rows(last % plan.out_rows, last % plan.out_rows + 1).second;
+  const int64_t pitch = plan.in_columns * plan.in_channels;
+  return {(n0 * plan.in_rows + y0) * pitch, (n1 * plan.in_rows + y1) * pitch};
+}
+
+// `next` is what this thread will probably read next of the input, elements; empty if unknown.
 void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range next) {
   const DataPlan& plan = call.plan;
   TileInput input(plan, call.input, rows, columns);
@@ -703,9 +763,10 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   const Walk walk = choose_walk(call, input);
   const bool dense = walk == Walk::kDense;
   if (blocks.begin == 0) count_path(plan.op, dense);
-  // Only 1x1 kernels, where the input is one long row, do so little with a value that reading it shows.
-  Ahead ahead(call.input.at(next.begin * plan.channels), next.size() * plan.channels * call.input.size(),
-              columns.size(), blocks.size() * plan.channel_blocks());
+  int64_t sweeps = 0;
+  for (const ColumnClass& c : plan.classes) sweeps += c.strands.size();
+  sweeps *= rows.size() * plan.kernel_rows * blocks.size() * plan.channel_blocks();
+  InputAhead ahead(call.input.at(next.begin), next.size() * call.input.size(), columns.size(), sweeps);
   BlockSweeper sweeper(call, input, walk, rows, columns, layout, sums, finished, row_filter, &ahead);
   for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) sweeper.run(cls, block);
@@ -756,12 +817,11 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
              const int64_t column = tile % column_tiles * plan.tile_columns;
              const int64_t step = plan.classes.front().step;
              // Threads take items in turn, so the next of this thread is about `concurrency` items on.
-             const int64_t later = (i + threads.concurrency()) / groups * plan.tile_columns;
-             const bool fetch = plan.pointwise && row_tiles == 1 && later > column && later < plan.out_columns;
+             const int64_t later = (i + threads.concurrency()) / groups;
              run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
                       {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
                       {plan.blocks * group / groups, plan.blocks * (group + 1) / groups},
-                      {fetch ? later : 0, fetch ? std::min(plan.out_columns, later + plan.tile_columns) : 0});
+                      later > tile && later < tiles ? input_of(plan, later) : Range{0, 0});
            }},
       });
 }
