@@ -253,7 +253,7 @@ struct Sweep {
     at.from += at.from_step;
     visit<kLeft, kRight>(sums, mask0, mask1, at.values, at.filter);
     if constexpr (!kOut || kLeft == 0) save<kOut>(at, 0, sums[0]);
-    save<kOut>(at, 1, sums[1]);
+    if constexpr (kRight < kTaps) save<kOut>(at, 1, sums[1]);
     at.sums += 2 * kFeatures;
     if constexpr (kOut) at.out += 2 * at.out_pitch;
     unroll<(kTaps - 1) * kVectors>([&](auto i) ST_LAMBDA {
@@ -268,20 +268,26 @@ struct Sweep {
   }
 
   // Three taps of padded images are worth steps of their own at both ends, which leave out what is beyond them. With
-  // sixteen registers gcc keeps sums of them in memory.
-  static constexpr bool kEnds = kTaps == 3 && Isa::kRegisters == 32;
+  // sixteen registers gcc keeps sums of them in memory. One tap reaches nothing beyond.
+  static constexpr bool kEnds = kTaps == 1 || (kTaps == 3 && Isa::kRegisters == 32);
   template <bool kOut, class V>
   static ST_INLINE void run_padded(Place<V> at, int pixels) {
     Window sums;
     load(at, sums);
-    const uint64_t* end = at.masks + (pixels - 1) / 2 * 2;
-    step<kOut, 1, 0>(sums, at);
-    while (at.masks < end) step<kOut, 0, 0>(sums, at);
-    if (pixels % 2 == 0) {
-      step<kOut, 0, 1>(sums, at);
-      save<kOut>(at, 0, sums[0]);
+    if constexpr (kTaps == 1) {
+      const uint64_t* end = at.masks + pixels / 2 * 2;
+      while (at.masks < end) step<kOut, 0, 0>(sums, at);
+      if (pixels % 2 != 0) step<kOut, 0, 1>(sums, at);
     } else {
-      step<kOut, 0, 2>(sums, at);
+      const uint64_t* end = at.masks + (pixels - 1) / 2 * 2;
+      step<kOut, 1, 0>(sums, at);
+      while (at.masks < end) step<kOut, 0, 0>(sums, at);
+      if (pixels % 2 == 0) {
+        step<kOut, 0, 1>(sums, at);
+        save<kOut>(at, 0, sums[0]);
+      } else {
+        step<kOut, 0, 2>(sums, at);
+      }
     }
   }
 
@@ -303,7 +309,7 @@ struct Sweep {
     const SweepArgs a = args;
     const ptrdiff_t first = a.first;
     alignas(64) static constexpr float kZeros[(kTaps + 1) * kFeatures] = {};
-    const bool padded = kEnds && a.first == -1 && a.pixels == a.columns && a.pixels > 2;
+    const bool padded = kEnds && a.first == -(kTaps / 2) && a.pixels == a.columns && a.pixels >= kTaps;
     Ahead ahead = a.ahead;
     const char* input_ahead = a.input_ahead;
     for (const SweepRow *row = a.rows, *end = row + a.count; row < end; ++row) {

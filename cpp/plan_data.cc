@@ -208,6 +208,14 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
+// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if many
+// feature blocks read them. Fitted where there is one multiply-add a cycle.
+bool point_packs(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
+  if (!machine.single_fma(kernels.lanes) || density > 0.6) return false;
+  if (density >= plan.pair_density) return plan.blocks >= (density < 0.4 ? 4 : 8);
+  return plan.blocks >= 2 && plan.blocks * plan.channel_blocks() >= 4;
+}
+
 // Roughly: what the zeros leave to do, and what is done whatever they are.
 bool serial(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
   constexpr double kScan = 2;         // finding the zeros of a vector of the input
@@ -238,7 +246,7 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
   const int work = taps * plan.vectors;
   // Dense sweeps of one or two taps also have few sums to add to in turn.
-  const double step = costs.dense + (!plan.packs() || taps > 3 ? 0 : taps == 3 ? 1 : 2) * costs.ends_of_rows;
+  const double step = costs.dense + (!plan.packs || taps > 3 ? 0 : taps == 3 ? 1 : 2) * costs.ends_of_rows;
   // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
   // well.
   const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks) : 0;
@@ -307,8 +315,11 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   }
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
-  plan.copy = !plan.pointwise || dtype != DType::kF32;
+  plan.packs = !plan.pointwise && plan.fold == 0;
   choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), density, &plan);
+  plan.pair_density = 0.25f;
+  if (plan.pointwise && dtype == DType::kF32) plan.packs = point_packs(machine, kernels, density, plan);
+  plan.copy = !plan.pointwise || plan.packs || dtype != DType::kF32;
   plan.dense_density = dense_density(machine, kernels, taps, plan);
   const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
   if (dense) {
@@ -317,9 +328,8 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work: by-passing the caches gained up to 8 % of it where there
   // is one multiply-add a cycle, and lost up to 7 % elsewhere.
-  const bool streams = plan.pointwise || (plan.packs() && machine.single_fma(kernels.lanes));
+  const bool streams = plan.pointwise || (plan.packs && machine.single_fma(kernels.lanes));
   plan.stream = streams && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
-  plan.pair_density = 0.25f;
   // A single visit has a load for each multiply-add, and its value is one more.
   plan.take = machine.single_fma(kernels.lanes);
   plan.value_work = (dense ? 1 : density) * static_cast<double>(shape.r * shape.s * plan.features) /

@@ -71,7 +71,8 @@ struct DataPlan {
   int64_t tile_rows;     // of the images' rows taken together
   int64_t tile_columns;  // multiple of the classes' step
   bool pointwise;        // the kernel has one tap
-  bool copy;             // scan copies the values: kernels of several taps, and narrow values, which it widens
+  bool copy;             // scan copies the values: packed ones, and narrow ones, which it widens
+  bool packs;            // sparse sweeps read packed values, not pixels
   int64_t in_channels;   // of the operand itself; `channels` counts folded ones
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row
@@ -82,7 +83,6 @@ struct DataPlan {
   float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
 
-  bool packs() const { return !pointwise && fold == 0; }  // sparse sweeps read packed values, not pixels
   int64_t channel_blocks() const { return (channels + channel_block - 1) / channel_block; }
   int64_t row_tiles() const { return (images * out_rows + tile_rows - 1) / tile_rows; }
   int64_t column_tiles() const { return (out_columns + tile_columns - 1) / tile_columns; }

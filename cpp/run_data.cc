@@ -198,7 +198,7 @@ class TileInput {
 
   // For sparse sweeps: makes masks, and packs the values if the plan wants that. Returns the share of non-zeros.
   double mask(const Kernels& kernels, bool pairs) {
-    return scan(kernels, true, !plan_.packs() ? Packing::kAll : pairs ? Packing::kPairs : Packing::kSingles);
+    return scan(kernels, true, !plan_.packs ? Packing::kAll : pairs ? Packing::kPairs : Packing::kSingles);
   }
 
   // The mask of a pixel whose channels are all to be visited.
@@ -505,7 +505,7 @@ class BlockSweeper {
         }
         for (size_t i = 0; i < class_->strands.size(); ++i) {
           const Sweep sweep{class_->strands[i], ways_[i], filter, cb, r, i == 0, i + 1 == class_->strands.size()};
-          walk_ == Walk::kDense || !plan.packs() ? run_placed(sweep) : run_packed(sweep);
+          walk_ == Walk::kDense || !plan.packs ? run_placed(sweep) : run_packed(sweep);
           filter += plan.channel_block * sweep.strand.taps * features_;
         }
       }
@@ -721,7 +721,7 @@ Walk choose_walk(const Call& call, TileInput& input) {
   // Near the threshold both do, and packing again would cost more.
   constexpr float kMargin = 1.5f;
   const bool other = pairs ? kMargin * density < plan.pair_density : density > kMargin * plan.pair_density;
-  if (other && plan.packs()) input.mask(call.kernels, !pairs);
+  if (other && plan.packs) input.mask(call.kernels, !pairs);
   return (pairs != other) ? Walk::kPairs : Walk::kSingles;
 }
 
@@ -746,7 +746,7 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   const DataPlan& plan = call.plan;
   TileInput input(plan, call.input, rows, columns);
   const int64_t block_features = plan.vectors * call.kernels.lanes;
-  const SumsLayout layout(plan, input, columns, plan.packs());
+  const SumsLayout layout(plan, input, columns, plan.packs);
   const int64_t sum_floats = layout.columns(rows.size()) * block_features;
   int64_t row_floats = 0;
   for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
