@@ -625,8 +625,10 @@ class BlockSweeper {
     PlacedSweepArgs args{};
     args.filter = s.filter;
     args.pair_mask = walk_ == Walk::kPairs ? ~uint64_t{0} : 0;
-    // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart.
-    args.value_lines = call_.plan.copy || walk_ == Walk::kDense ? 0 : (call_.plan.channel_block + 15) / 16;
+    // A copy is contiguous, which the hardware sees; pixels in place may lie a page apart. Where a multiply-add has one
+    // load, fetching all of a pixel for a few values costs more than it gains.
+    const bool few = call_.plan.take && walk_ == Walk::kSingles;
+    args.value_lines = call_.plan.copy || walk_ == Walk::kDense || few ? 0 : (call_.plan.channel_block + 15) / 16;
     for (const Meeting& m : meetings_[s.r]) {
       float* tile = sums_of(m.g);
       const bool first = is_first(s, m.g);
