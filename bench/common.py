@@ -563,8 +563,12 @@ class _Counters:
         return best if by_path[best] == total else f"{best} {100 * by_path[best] // total}%"
 
 
-def measure(cases: Iterable[Case], options: Options) -> list[Record]:
+def measure(
+    cases: Iterable[Case], options: Options, each: Callable[[list[Record]], None] | None = None
+) -> list[Record]:
     """Check and time `cases` in this process. Call it in a child made by `run_child`.
+
+    `each` is called after each case with all records so far, whose peak and share of the roofline are still open.
 
     Raises:
       RuntimeError: an answer is wrong, or a compiled function holds more than the one asked component.
@@ -627,6 +631,8 @@ def measure(cases: Iterable[Case], options: Options) -> list[Record]:
             path = counters.path_of(entries[OURS].run, targets)
             times = interleave({name: entry.run for name, entry in entries.items()}, options.budget)
             records.append(_record(case, options, st.isa(), entries, times, path, error))
+            if each is not None:
+                each(records)
             progress.advance(task)
         del on_device
     peaks.append(measure_peak(options.threads))

@@ -370,7 +370,13 @@ def main(argv: Sequence[str]) -> None:
         common.write_json(arguments.child, memory_of(arguments.cases[0], arguments.memory_of, options))
         return
     if arguments.child:
-        common.write_json(arguments.child, [dataclasses.asdict(r) for r in common.measure(arguments.cases, options)])
+
+        def keep(records: list[Record]) -> None:  # a run that is stopped leaves what it has
+            if arguments.csv and not arguments.untuned_child:
+                common.write_csv(arguments.csv, records)
+
+        records = common.measure(arguments.cases, options, keep)
+        common.write_json(arguments.child, [dataclasses.asdict(r) for r in records])
         return
     try:
         common.limit_threads(arguments.threads)

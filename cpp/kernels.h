@@ -246,6 +246,7 @@ struct WeightsWalkArgs {
   ptrdiff_t list_pitch;
   const uint16_t* counts;
   bool packed;  // values are the non-zeros alone, as WeightsPackListsArgs leaves them; only for single channels
+  bool take;    // these come out of a register: for machines with few loads for each multiply-add
   int channels;
   int together;        // channels that share the loads of the dense operand where they are non-zero; 3: lists only
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned

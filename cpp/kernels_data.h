@@ -150,35 +150,10 @@ struct Sweep {
     });
   }
 
-  // Packed values one after another.
+  // Of pixel pairs, packed.
   struct Pairs {
     const float* next;
     ST_INLINE explicit Pairs(const float* at) : next(at) {}
-  };
-  struct Singles {
-    const float* next;
-    ST_INLINE explicit Singles(const float* at) : next(at) {}
-    ST_INLINE Vec take() { return Isa::broadcast(next++); }
-  };
-  // The same out of a register, which is filled by whole lines: no load for each value.
-  struct Taken {
-    const float* next;
-    Vec few;  // the first one is that at `next`
-
-    ST_INLINE explicit Taken(const float* at) : next(at) {
-      const size_t skip = reinterpret_cast<uintptr_t>(at) / sizeof(float) % kLanes;
-      few = Isa::load(at - skip);
-      for (size_t i = 0; i < skip; ++i) Isa::take(few);
-    }
-    ST_INLINE Vec take() {
-      const Vec value = Isa::take(few);
-      ++next;
-      if (__builtin_expect(reinterpret_cast<uintptr_t>(next) % (kLanes * sizeof(float)) == 0, 0)) {
-        few = Isa::load(next);
-        __builtin_prefetch(next + 8 * kLanes);
-      }
-      return value;
-    }
   };
 
   template <int kBase, int kLeft, int kRight, class V>
@@ -238,7 +213,7 @@ struct Sweep {
   template <int kLeft, int kRight>
   static ST_INLINE void visit(Window& sums, uint64_t mask0, uint64_t mask1, Pairs& values, const float* filter) {
     const uint64_t both = mask0 & mask1;
-    Singles rest(values.next + __builtin_popcountll(both));
+    Values<Isa> rest(values.next + __builtin_popcountll(both));
     visit_both<kLeft, kRight>(sums, both, values.next, rest.next, filter);
     visit<kLeft, kRight>(sums, mask0 ^ both, mask1 ^ both, rest, filter);
     values.next = rest.next;
@@ -348,9 +323,9 @@ struct Sweep {
   static bool run(const SweepArgs& a) {
     if (a.pairs) return run_over<Pairs>(a);
     if constexpr (Isa::kTakes) {
-      if (a.take) return run_over<Taken>(a);
+      if (a.take) return run_over<TakenValues<Isa>>(a);
     }
-    return run_over<Singles>(a);
+    return run_over<Values<Isa>>(a);
   }
 };
 

@@ -155,6 +155,24 @@ struct Walk {
     });
   }
 
+  // The packed values of one channel.
+  template <class V>
+  static ST_INLINE void walk_values(const WeightsWalkArgs& args, const uint16_t* list, int count, V values,
+                                    Vec (&acc)[kCount]) {
+    for_entries(list, count, [&](size_t i) ST_LAMBDA {
+      const Vec x = values.take();
+      each<false>(args.dense + i * kWidth, args.tap_row * kWidth,
+                  [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
+    });
+  }
+  static ST_INLINE void walk_packed(const WeightsWalkArgs& args, const uint16_t* list, int count, const float* values,
+                                    Vec (&acc)[kCount]) {
+    if constexpr (Isa::kTakes) {
+      if (args.take) return walk_values(args, list, count, TakenValues<Isa>(values), acc);
+    }
+    walk_values(args, list, count, Values<Isa>(values), acc);
+  }
+
   // kTogether channels from c on, of which `channels` exist. For one channel `counts` may be a sum of several.
   template <int kTogether>
   static ST_INLINE void walk(const WeightsWalkArgs& args, int c, int channels, const uint16_t* list,
@@ -165,7 +183,7 @@ struct Walk {
     const float* dense = args.dense;
     if constexpr (kLists) {
       if (kTogether == 1 && args.packed) {
-        for_entries(list, counts[0], [&](size_t i) ST_LAMBDA { visit<1>(args, i, values++, dense, acc); });
+        walk_packed(args, list, counts[0], values, acc[0]);
       } else {
         unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
           for_entries(list, counts[index],

@@ -137,11 +137,12 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
     halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
   }
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos.
+  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos and
+  // sums that stay in registers for longer.
   constexpr double kFew = 0.15;
   const bool high = halo_rows > 2 || (halo_rows > 0 && density < kFew);
-  const int64_t tenths = plan.sparse ? (high ? 9 : 7) : (halo_rows > 0 ? 14 : 7);
-  const int64_t share = machine.caches.l1_bytes * tenths / 10;
+  const int64_t share = !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8
+                                                      : machine.caches.l1_bytes * (plan.sparse && high ? 9 : 7) / 10;
   const int64_t budget = std::max<int64_t>(64, share / bytes);
   const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
   cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
@@ -225,15 +226,18 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   }
   int taps = 1;
   bool threes = plan.channels >= 12 * plan.lanes;  // cuts are coarser then
+  bool twos = false;
   for (const PixelClass& cls : plan.classes) {
     for (const TapGroup& group : cls.groups) {
       const int group_taps = group.rows.taps * group.columns.taps;
       taps = std::max(taps, group_taps);
+      twos = twos || walk_together(2, group_taps * group.vectors, machine.registers);
       threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
     }
   }
   const double pairs = machine.caches.single_fma(machine.lanes) ? kPairDensitySingleFma : kPairDensity;
-  plan.together = !sparse || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
+  plan.take = machine.caches.single_fma(machine.lanes);
+  plan.together = !sparse || !twos || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
   return plan;
 }
 

@@ -80,6 +80,7 @@ struct WeightsPlan {
   bool lhs_checked;
   bool sparse;   // walks; else tiles
   int together;  // channels of a walk that share loads of the dense operand
+  bool take;     // packed values come out of a register
   bool serial;   // too small for threads
   int lanes;
   int64_t channels, features;  // of the checked and the dense operand

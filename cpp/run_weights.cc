@@ -316,6 +316,7 @@ class WeightsRun {
                                                                       list_pitch(),
                                                                       scratch.counts,
                                                                       lists == Lists::kPacked,
+                                                                      plan_.take,
                                                                       channels,
                                                                       plan_.together,
                                                                       scratch.copy,

@@ -1,6 +1,8 @@
 // Compiler helpers shared by the kernels and the Isa structs.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <utility>
 
 #define ST_INLINE __attribute__((always_inline)) inline
@@ -30,6 +32,38 @@ template <int N, class F>
 ST_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, N>{});
 }
+
+// Packed values one after another, each in all lanes.
+template <class Isa>
+struct Values {
+  const float* next;
+  ST_INLINE explicit Values(const float* at) : next(at) {}
+  ST_INLINE typename Isa::Vec take() { return Isa::broadcast(next++); }
+};
+
+// The same out of a register, which is filled by whole lines (of an aligned buffer, whose end may be overrun by one): no
+// load for each value.
+template <class Isa>
+struct TakenValues {
+  static constexpr size_t kLine = Isa::kLanes * sizeof(float);
+  const float* next;
+  typename Isa::Vec few;  // the first one is that at `next`
+
+  ST_INLINE explicit TakenValues(const float* at) : next(at) {
+    const size_t skip = reinterpret_cast<uintptr_t>(at) % kLine / sizeof(float);
+    few = Isa::load(at - skip);
+    for (size_t i = 0; i < skip; ++i) Isa::take(few);
+  }
+  ST_INLINE typename Isa::Vec take() {
+    const typename Isa::Vec value = Isa::take(few);
+    ++next;
+    if (__builtin_expect(reinterpret_cast<uintptr_t>(next) % kLine == 0, 0)) {
+      few = Isa::load(next);
+      __builtin_prefetch(next + 8 * Isa::kLanes);
+    }
+    return value;
+  }
+};
 
 }  // namespace
 }  // namespace sparsetrain
