@@ -138,8 +138,8 @@ struct Sweep {
     return f;
   }
 
-  // A value and the filters of one channel. The pixel's tap t belongs to window column kBase + taps-1-t. The first kLeft
-  // and the last kRight columns of the window are not there.
+  // A value and the filters of one channel. The pixel's tap t belongs to window column kBase + taps-1-t. The first
+  // kLeft and the last kRight columns of the window are not there.
   template <int kBase, int kLeft, int kRight>
   static ST_INLINE void add(Window& sums, Vec value, const float* f) {
     unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {

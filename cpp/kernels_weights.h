@@ -8,7 +8,8 @@
 //          [position][features]. Rows follow each other at the pitch of the masks, so bit i of a mask meets tap (r, s)
 //          at position i + r * tap_row + s, whatever the shape of the block
 //   list   the positions of a channel's non-zeros, from its mask: a loop over a list ends once, one over a mask ends,
-//          mispredicted, in every word. Walks of few multiply-adds a visit do without
+//          mispredicted, in every word. Walks of few multiply-adds a visit do without, unless non-zeros are few and
+//          packed
 //   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, one broadcast of the
 //   value
 //          and one fused multiply-add with a memory operand per sum
@@ -181,16 +182,14 @@ struct Walk {
     unroll<kTogether>([&](auto j) ST_LAMBDA { load(args.panel, c + j, acc[j]); });
     const float* values = args.values + c * args.value_pitch;
     const float* dense = args.dense;
-    if constexpr (kLists) {
-      if (kTogether == 1 && args.packed) {
-        walk_packed(args, list, counts[0], values, acc[0]);
-      } else {
-        unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
-          for_entries(list, counts[index],
-                      [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values + i, dense, acc); });
-          list += counts[index];
-        });
-      }
+    if (kTogether == 1 && args.packed) {
+      walk_packed(args, list, counts[0], values, acc[0]);
+    } else if constexpr (kLists) {
+      unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
+        for_entries(list, counts[index],
+                    [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values + i, dense, acc); });
+        list += counts[index];
+      });
     } else {
       static_assert(kTogether <= 2, "sets of masks");
       const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + (kTogether - 1) * args.words;

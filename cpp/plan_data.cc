@@ -208,8 +208,8 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
-// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if many
-// feature blocks read them. Fitted where there is one multiply-add a cycle.
+// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if
+// many feature blocks read them. Fitted where there is one multiply-add a cycle.
 bool point_packs(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
   if (!machine.single_fma(kernels.lanes) || density > 0.6) return false;
   if (density >= plan.pair_density) return plan.blocks >= (density < 0.4 ? 4 : 8);

@@ -14,6 +14,7 @@ namespace {
 // which is worth more where one load a cycle leaves less to wait behind.
 constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2;
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
+constexpr double kFew = 0.15;            // below: non-zeros are far apart in all that they meet
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
 constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
@@ -103,7 +104,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
     const int vectors = features > 2 * lanes ? 4 : features > lanes ? 2 : 1;
-    groups.push_back({rows, columns, vectors});
+    groups.push_back({rows, columns, vectors, false});
     return;
   }
   const int max_columns = machine.registers >= 32 ? kMaxTapColumns : 5;
@@ -116,7 +117,17 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
       while (max_rows > 1 && !walk_together(2, max_rows * part.taps, machine.registers)) --max_rows;
     }
     for (const TapAxis& row_part : cut(rows, static_cast<int>(ceil_div(rows.taps, max_rows)))) {
-      groups.push_back({row_part, part, widest_step(row_part.taps, part.taps, features, machine)});
+      const int taps = row_part.taps * part.taps;
+      int vectors = widest_step(row_part.taps, part.taps, features, machine);
+      bool lists = walk_lists(taps);
+      // Few non-zeros: packing them is cheap, and steps of half the features have room for twice the positions in L1,
+      // so that sums move half as often. Single ones of eight vectors are left to masks. Fitted where there is one
+      // multiply-add a cycle.
+      if (density < kFew && taps == 1 && machine.caches.single_fma(machine.lanes)) {
+        if (vectors == 8 && features >= 16 * lanes) vectors = 4;
+        lists = vectors <= 4;
+      }
+      groups.push_back({row_part, part, vectors, lists});
     }
   }
 }
@@ -137,12 +148,18 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
     halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
   }
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos and
-  // sums that stay in registers for longer.
-  constexpr double kFew = 0.15;
+  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos
+  // and sums that stay in registers for longer.
   const bool high = halo_rows > 2 || (halo_rows > 0 && density < kFew);
+  const TapGroup& first = cls.groups.front();
+  const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
   const int64_t share = !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8
-                                                      : machine.caches.l1_bytes * (plan.sparse && high ? 9 : 7) / 10;
+                                                      : machine.caches.l1_bytes *
+                                                            (!plan.sparse ? 7
+                                                             : all        ? 10
+                                                             : high       ? 9
+                                                                          : 7) /
+                                                            10;
   const int64_t budget = std::max<int64_t>(64, share / bytes);
   const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
   cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;

@@ -43,6 +43,7 @@ struct TapAxis {
 struct TapGroup {
   TapAxis rows, columns;
   int vectors;  // of features in a step
+  bool lists;   // walks read lists of positions
 };
 
 // Pixels start, start + step, ... of the checked operand, per axis.

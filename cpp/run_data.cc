@@ -692,7 +692,7 @@ class BlockSweeper {
   std::vector<std::vector<Meeting>> meetings_;  // of each kernel row: what it brings together
   // Of the block at hand:
   const ColumnClass* class_ = nullptr;
-  Range u_{0, 0};                      // its columns
+  Range u_{0, 0};                     // its columns
   std::vector<TileInput::Way> ways_;  // of its strands
   std::vector<SweepRow> sweep_rows_;
   int64_t block_ = 0, vectors_ = 0, features_ = 0, first_feature_ = 0, valid_ = 0;

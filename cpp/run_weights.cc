@@ -260,9 +260,8 @@ class WeightsRun {
     Lists lists = plan_.together == 1 ? Lists::kPacked : Lists::kAll;
     bool any_lists = false;
     for (const TapGroup& group : cls.groups) {
-      const bool reads = walk_lists(group.rows.taps * group.columns.taps);
-      any_lists = any_lists || reads;
-      if (!reads) lists = Lists::kAll;
+      any_lists = any_lists || group.lists;
+      if (!group.lists) lists = Lists::kAll;
       for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
     }
     if (!any_lists) lists = Lists::kNone;

@@ -41,8 +41,8 @@ struct Values {
   ST_INLINE typename Isa::Vec take() { return Isa::broadcast(next++); }
 };
 
-// The same out of a register, which is filled by whole lines (of an aligned buffer, whose end may be overrun by one): no
-// load for each value.
+// The same out of a register, which is filled by whole lines (of an aligned buffer, whose end may be overrun by one):
+// no load for each value.
 template <class Isa>
 struct TakenValues {
   static constexpr size_t kLine = Isa::kLanes * sizeof(float);
