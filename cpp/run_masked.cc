@@ -343,9 +343,11 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
       plan_masked(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
   count(plan.sparse ? "conv_bwd_input_masked/sparse" : "conv_bwd_input_masked/dense");
   if (!plan.product) {
-    // In auto it may still skip, tile by tile. Dense sweeps zero as they write, so walks must have something to skip.
+    // In auto it may still skip, tile by tile. Dense sweeps zero as they write, where walks pass over their sums again:
+    // a large result should leave something to skip for that.
     constexpr double kFull = 0.97;
-    const bool full = mode == Mode::kAuto && densities.g > kFull;
+    const bool large = 4 * shape.lhs_size() > machine().l3_bytes / 4;
+    const bool full = mode == Mode::kAuto && large && densities.g > kFull;
     conv_bwd_input_where(shape, full ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
     return;
   }
