@@ -208,12 +208,13 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
-// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if
-// many feature blocks read them. Fitted where there is one multiply-add a cycle.
+// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if many
+// features, in many blocks, read them. Fitted where a multiply-add has one load, and not known elsewhere.
 bool point_packs(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
-  if (!machine.single_fma(kernels.lanes) || density > 0.6) return false;
+  const bool fitted = machine.single_fma(kernels.lanes) || kernels.lanes == 8;
+  if (!fitted || density > 0.6) return false;
   if (density >= plan.pair_density) return plan.blocks >= (density < 0.4 ? 4 : 8);
-  return plan.blocks >= 2 && plan.blocks * plan.channel_blocks() >= 4;
+  return plan.features >= 256 && plan.blocks * plan.channel_blocks() >= 4;
 }
 
 // Roughly: what the zeros leave to do, and what is done whatever they are.
