@@ -11,7 +11,7 @@ namespace sparsetrain {
 namespace {
 
 // Times taps; below: sharing loads gains less than the ends of loops cost. Single channels have their values packed,
-// which is worth more where one load a cycle leaves less to wait behind.
+// which is worth more where one load a cycle leaves less to wait behind; but those of one tap only below kFew.
 constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2;
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
 constexpr double kFew = 0.15;            // below: non-zeros are far apart in all that they meet
@@ -31,7 +31,7 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 1.25, 0.95, 1, 1.1};
+  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 1.18, 0.95, 1, 1.1};
   // Sixteen registers hold too few sums for channels to share loads.
   const double walk = machine.lanes == 8 ? 1.4 : 1.2;
   return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12};
@@ -252,7 +252,8 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
       threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
     }
   }
-  const double pairs = machine.caches.single_fma(machine.lanes) ? kPairDensitySingleFma : kPairDensity;
+  const double single = taps == 1 ? kFew : kPairDensitySingleFma;
+  const double pairs = machine.caches.single_fma(machine.lanes) ? single : kPairDensity;
   plan.take = machine.caches.single_fma(machine.lanes);
   plan.together = !sparse || !twos || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
   return plan;
