@@ -11,8 +11,8 @@ namespace sparsetrain {
 namespace {
 
 // Times taps; below: sharing loads gains less than the ends of loops cost. Single channels have their values packed,
-// which is worth more where one load a cycle leaves less to wait behind; but those of one tap only below kFew.
-constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2;
+// which is worth more where one load a cycle leaves less to wait behind and taps are many.
+constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2, kPairDensityFewTaps = 0.8;
 constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
 constexpr double kFew = 0.15;            // below: non-zeros are far apart in all that they meet
 constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
@@ -252,7 +252,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
       threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
     }
   }
-  const double single = taps == 1 ? kFew : kPairDensitySingleFma;
+  const double single = taps == 1 ? kFew : taps < 9 ? kPairDensityFewTaps : kPairDensitySingleFma;
   const double pairs = machine.caches.single_fma(machine.lanes) ? single : kPairDensity;
   plan.take = machine.caches.single_fma(machine.lanes);
   plan.together = !sparse || !twos || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
