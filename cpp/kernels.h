@@ -55,13 +55,11 @@ struct SweepArgs {
   bool take;            // single values come out of a register: for machines with few loads for each multiply-add
   const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned
   int pixels;
-  int first;            // may be negative
-  int columns;          // of the result
-  ptrdiff_t out_pitch;  // floats between columns of out
-  bool stream;          // out by-passes the caches (64-byte aligned)
-  Ahead ahead;          // fetched on the side
-  const char* input_ahead;
-  int input_lines;
+  int first;                        // may be negative
+  int columns;                      // of the result
+  ptrdiff_t out_pitch;              // floats between columns of out
+  bool stream;                      // out by-passes the caches (64-byte aligned)
+  Ahead filter_ahead, input_ahead;  // what is read later, fetched on the side
 };
 
 // The same for values that are not packed, and for sums that may go to their final place.

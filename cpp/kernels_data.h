@@ -285,11 +285,10 @@ struct Sweep {
     const ptrdiff_t first = a.first;
     alignas(64) static constexpr float kZeros[(kTaps + 1) * kFeatures] = {};
     const bool padded = kEnds && a.first == -(kTaps / 2) && a.pixels == a.columns && a.pixels >= kTaps;
-    Ahead ahead = a.ahead;
-    const char* input_ahead = a.input_ahead;
+    Ahead filter_ahead = a.filter_ahead, input_ahead = a.input_ahead;
     for (const SweepRow *row = a.rows, *end = row + a.count; row < end; ++row) {
-      fetch(ahead);
-      for (int i = 0; i < a.input_lines; ++i, input_ahead += 64) __builtin_prefetch(input_ahead, 0, 2);
+      fetch(filter_ahead);
+      fetch(input_ahead);
       float* sums_at = row->sums + first * kFeatures;
       Place<V> at{row->masks,
                   sums_at,

@@ -208,8 +208,8 @@ void choose_blocks(const Machine& machine, const Kernels& kernels, const Blockin
   plan->tile_rows = ceil_div(all_rows, shareable(row_tiles));
 }
 
-// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if many
-// features, in many blocks, read them. Fitted where a multiply-add has one load, and not known elsewhere.
+// Whether packing the non-zeros of a 1x1 kernel's input pays, which takes about as long as finding them: it does if
+// many features, in many blocks, read them. Fitted where a multiply-add has one load, and not known elsewhere.
 bool point_packs(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
   const bool fitted = machine.single_fma(kernels.lanes) || kernels.lanes == 8;
   if (!fitted || density > 0.6) return false;
@@ -316,10 +316,9 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   }
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
-  plan.packs = !plan.pointwise && plan.fold == 0;
   choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), density, &plan);
   plan.pair_density = 0.25f;
-  if (plan.pointwise && dtype == DType::kF32) plan.packs = point_packs(machine, kernels, density, plan);
+  plan.packs = plan.pointwise ? dtype == DType::kF32 && point_packs(machine, kernels, density, plan) : plan.fold == 0;
   plan.copy = !plan.pointwise || plan.packs || dtype != DType::kF32;
   plan.dense_density = dense_density(machine, kernels, taps, plan);
   const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
@@ -359,6 +358,7 @@ std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) 
   add("tile_columns", plan.tile_columns);
   add("tiles", plan.row_tiles() * plan.column_tiles());
   add("copy", plan.copy);
+  add("packs", plan.packs);
   add("stream", plan.stream);
   add("serial", plan.serial);
   add("dense_density", plan.dense_density);

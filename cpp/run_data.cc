@@ -379,12 +379,13 @@ class InputAhead {
     args->prefetch_lines = next_ + bytes <= end_ ? lines_ : 0;
     next_ += args->prefetch_lines > 0 ? bytes : 0;
   }
-  // For so many sweeps.
-  void aim(int64_t columns, int64_t sweeps, SweepArgs* args) {
-    const int64_t lines = lines_ * ((columns + 1) / 2), bytes = 64 * lines * sweeps;
-    args->input_ahead = next_;
-    args->input_lines = next_ + bytes <= end_ ? static_cast<int>(lines) : 0;
-    next_ += args->input_lines > 0 ? bytes : 0;
+  // For so many rows of a packed sweep.
+  void aim(int64_t columns, int64_t rows, SweepArgs* args) {
+    const int64_t lines = lines_ * ((columns + 1) / 2), bytes = 64 * lines * rows;
+    if (next_ + bytes > end_) return;
+    args->input_ahead.at = next_;
+    args->input_ahead.each = static_cast<int>(lines);
+    next_ += bytes;
   }
 
  private:
@@ -601,7 +602,7 @@ class BlockSweeper {
     args.columns = static_cast<int>(u_.size());
     args.out_pitch = result_pitch();
     args.stream = call_.stream;
-    args.ahead = filter_ahead(s, args.count);
+    args.filter_ahead = filter_ahead(s, args.count);
     ahead_->aim(u_.size(), args.count, &args);
     const bool placed = s.way.pixels > 0 && call_.kernels.data.sweep[s.strand.taps][vectors_](args);
     if (placed && plain) return;
