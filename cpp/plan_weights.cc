@@ -153,13 +153,9 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   const bool high = halo_rows > 2 || (halo_rows > 0 && density < kFew);
   const TapGroup& first = cls.groups.front();
   const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
-  const int64_t share = !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8
-                                                      : machine.caches.l1_bytes *
-                                                            (!plan.sparse ? 7
-                                                             : all        ? 10
-                                                             : high       ? 9
-                                                                          : 7) /
-                                                            10;
+  const int64_t tenths = !plan.sparse ? 7 : all ? 10 : high ? 9 : 7;
+  const int64_t share =
+      !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8 : machine.caches.l1_bytes * tenths / 10;
   const int64_t budget = std::max<int64_t>(64, share / bytes);
   const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
   cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
