@@ -138,29 +138,25 @@ struct Sweep {
     return f;
   }
 
-  // A value and the filters of one channel. The pixel's tap t belongs to window column kBase + taps-1-t. The first
-  // kLeft and the last kRight columns of the window are not there.
-  template <int kBase, int kLeft, int kRight>
-  static ST_INLINE void add(Window& sums, Vec value, const float* f) {
-    unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
-      constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
-      if constexpr (p >= kLeft && p <= kTaps - kRight) {
-        sums[p][v] = Isa::fma(value, Isa::load(f + i * kLanes), sums[p][v]);
-      }
-    });
-  }
-
   // Of pixel pairs, packed.
   struct Pairs {
     const float* next;
     ST_INLINE explicit Pairs(const float* at) : next(at) {}
   };
 
+  // Channels of one pixel; its tap t belongs to window column kBase + taps-1-t. The first kLeft and the last kRight
+  // columns of the window are not there.
   template <int kBase, int kLeft, int kRight, class V>
   static ST_INLINE void visit_single(Window& sums, uint64_t mask, V& values, const float* filter) {
     while (mask != 0) {
       const float* f = next(mask, filter);
-      add<kBase, kLeft, kRight>(sums, values.take(), f);
+      const Vec value = values.take();
+      unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
+        constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
+        if constexpr (p >= kLeft && p <= kTaps - kRight) {
+          sums[p][v] = Isa::fma(value, Isa::load(f + i * kLanes), sums[p][v]);
+        }
+      });
     }
   }
 
@@ -300,13 +296,13 @@ struct Sweep {
                   a.stream,
                   V(row->values)};
       if constexpr (kEnds) {
-        if (padded && row->out == nullptr) {
-          run_padded<false>(at, a.pixels);
-          continue;
-        }
         if (padded) {
-          at.out = row->out + first * a.out_pitch;
-          run_padded<true>(at, a.pixels);
+          if (row->out == nullptr) {
+            run_padded<false>(at, a.pixels);
+          } else {
+            at.out = row->out + first * a.out_pitch;
+            run_padded<true>(at, a.pixels);
+          }
           continue;
         }
       }

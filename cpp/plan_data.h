@@ -14,7 +14,7 @@
 //
 // Blocking, from outside in, in the order of the loops in run_data.cc:
 //   tile           rows x columns of the result, for all features: its input is scanned once (masks; a copy, of the
-//                  non-zeros alone for sparse sweeps of several taps). Narrow values are widened into that copy, so
+//                  non-zeros alone where sparse sweeps pack). Narrow values are widened into that copy, so
 //                  sweeps read float32; it stays in L2 as the input does that is swept in place
 //   feature block  vectors * lanes features; partial sums of a tile and one block stay in L2
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
