@@ -264,6 +264,18 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
 
 }  // namespace
 
+// Few tiles: several shares for each thread; if little is to be done with a value, only as many as keep all threads
+// busy, because each share scans the tile again.
+int64_t DataPlan::shares(int threads) const {
+  constexpr double kScans = 0.05;
+  const int64_t items = tiles(), enough = threads > 1 ? 3 * threads : 1;
+  if (items == 0) return 1;
+  int64_t balanced = 1;
+  while (items * balanced % threads != 0 && items * balanced < enough) ++balanced;
+  const int64_t several = std::min(ceil_div(enough, items), static_cast<int64_t>(kScans * value_work));
+  return std::min(blocks, std::max<int64_t>(1, several / balanced) * balanced);
+}
+
 int64_t DataPlan::input_row(int64_t y, int64_t r) const {
   if (op == DataOp::kFwd) {
     const int64_t row = y * row_stride - row_pad + r;
@@ -356,7 +368,8 @@ std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) 
   add("channel_block", plan.channel_block);
   add("tile_rows", plan.tile_rows);
   add("tile_columns", plan.tile_columns);
-  add("tiles", plan.row_tiles() * plan.column_tiles());
+  add("tiles", plan.tiles());
+  add("shares_of_two_threads", plan.shares(2));
   add("copy", plan.copy);
   add("packs", plan.packs);
   add("stream", plan.stream);

@@ -784,7 +784,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
   const DataPlan plan = plan_data(op, shape, mode, input.dtype, density, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
-  const int64_t row_tiles = plan.row_tiles(), column_tiles = plan.column_tiles(), tiles = row_tiles * column_tiles;
+  const int64_t column_tiles = plan.column_tiles(), tiles = plan.tiles();
   const bool packs_ahead = tiles > 2;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
   const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
@@ -801,13 +801,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                   plan.stream && aligned && result.dtype == DType::kF32};
 
   Executor& threads = helpers_unless(plan.serial, executor);
-  // Few tiles: give each thread several shares of the features, or one if little is to be done with a value: each share
-  // scans the tile again.
-  constexpr double kScans = 0.05;
-  const int64_t shares = threads.concurrency() > 1 ? 3 * threads.concurrency() : 1;
-  const auto share = [&](int64_t items) { return (items + tiles - 1) / std::max<int64_t>(1, tiles); };
-  const int64_t most = std::max(share(threads.concurrency()), static_cast<int64_t>(kScans * plan.value_work));
-  const int64_t groups = std::clamp<int64_t>(std::min(share(shares), most), 1, plan.blocks);
+  const int64_t concurrency = threads.concurrency(), groups = plan.shares(threads.concurrency());
   run_phases(
       threads,
       {
@@ -820,7 +814,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
              const int64_t column = tile % column_tiles * plan.tile_columns;
              const int64_t step = plan.classes.front().step;
              // Threads take items in turn, so the next of this thread is about `concurrency` items on.
-             const int64_t later = (i + threads.concurrency()) / groups;
+             const int64_t later = (i + concurrency) / groups;
              run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
                       {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
                       {plan.blocks * group / groups, plan.blocks * (group + 1) / groups},

@@ -81,6 +81,16 @@ def test_only_calls_too_small_for_threads_are_serial(component: str, isa: str) -
         assert not native.plan(component, dims, same, density)["serial"]
 
 
+@pytest.mark.parametrize("density", [1.0, 0.65, 0.4, 0.35, 0.2, 0.1])
+@pytest.mark.parametrize("component", ["fwd", "bwd_input"])
+def test_two_threads_have_equal_shares(component: str, density: float, isa: str) -> None:
+    for hw, channels, size in ((14, 256, 3), (7, 512, 3), (28, 128, 3), (7, 2048, 1), (28, 96, 5)):
+        dims, geometry = [16, hw, hw, channels, channels, size, size], [1, 1, *[size // 2] * 4]
+        plan = native.plan(component, dims, geometry, density)
+        items = int(plan["tiles"]) * int(plan["shares_of_two_threads"])
+        assert items % 2 == 0 or items > 6, (dims, plan)
+
+
 @pytest.mark.parametrize("fmas", [-1, 0, 3])
 def test_no_machine_has_such_a_number_of_multiply_adds(fmas: int) -> None:
     with pytest.raises(ValueError, match="fmas"):
