@@ -141,29 +141,10 @@ int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
 
 int64_t balanced(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::max<int64_t>(1, most))); }
 
-void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
-  int64_t bytes = 4 * machine.lanes, halo_rows = 0;
-  for (const TapGroup& group : cls.groups) {
-    bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
-    halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
-  }
-  // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos
-  // and sums that stay in registers for longer.
-  const bool high = halo_rows > 2 || (halo_rows > 0 && density < kFew);
-  const TapGroup& first = cls.groups.front();
-  const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
-  const int64_t tenths = !plan.sparse ? 7 : all ? 10 : high ? 9 : 7;
-  const int64_t share =
-      !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8 : machine.caches.l1_bytes * tenths / 10;
-  const int64_t budget = std::max<int64_t>(64, share / bytes);
-  const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
-  cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
-  cls.positions = 0;
-  cls.blocks[0] = cls.blocks[1] = cls.blocks[2] = 1;
-  if (cls.rows.count == 0 || cls.columns.count == 0) return;  // one empty block, so that zeros get written
-  const int64_t most_columns = line ? budget / 64 * 64 : std::clamp<int64_t>(budget / (halo_rows + 4), 8, 64);
-  cls.block_columns = line ? std::min(cls.columns.count, most_columns) : balanced(cls.columns.count, most_columns);
+// Blocks of at most `columns` columns whose dense block has at most `budget` positions.
+void block_by(const WeightsPlan& plan, int64_t columns, int64_t budget, int64_t halo_rows, PixelClass& cls) {
+  cls.pitch = cls.image_rows = 0;
+  cls.block_columns = columns;
   const bool full_columns = cls.block_columns == cls.columns.count;
   for (const TapGroup& group : cls.groups) {
     const int64_t shared = full_columns ? shared_halo(group.columns, cls.columns.count) : 0;
@@ -182,6 +163,48 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   cls.blocks[0] = ceil_div(plan.shape.n, cls.block_images);
   cls.blocks[1] = ceil_div(cls.rows.count, cls.block_rows);
   cls.blocks[2] = ceil_div(cls.columns.count, cls.block_columns);
+}
+
+void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
+  int64_t bytes = 4 * machine.lanes, halo_rows = 0, taps = 0;
+  for (const TapGroup& group : cls.groups) {
+    bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
+    halo_rows = std::max<int64_t>(halo_rows, group.rows.taps - 1);
+    taps = std::max<int64_t>(taps, group.rows.taps * group.columns.taps);
+  }
+  // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
+  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos
+  // and sums that stay in registers for longer.
+  const bool few = halo_rows > 0 && density < kFew, high = halo_rows > 2;
+  const TapGroup& first = cls.groups.front();
+  const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
+  const int64_t tenths = !plan.sparse ? 7 : few ? 11 : all ? 10 : high ? 9 : 7;
+  const int64_t share =
+      !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8 : machine.caches.l1_bytes * tenths / 10;
+  const int64_t budget = std::max<int64_t>(64, share / bytes);
+  const bool line = plan.shape.h == 1 && plan.shape.oh == 1 && halo_rows == 0;
+  cls.block_images = cls.block_rows = cls.block_columns = cls.pitch = cls.image_rows = 0;
+  cls.positions = 0;
+  cls.blocks[0] = cls.blocks[1] = cls.blocks[2] = 1;
+  if (cls.rows.count == 0 || cls.columns.count == 0) return;  // one empty block, so that zeros get written
+  if (line) return block_by(plan, std::min(cls.columns.count, budget / 64 * 64), budget, halo_rows, cls);
+  // Of all widths the one that copies and moves the least for a pixel: positions of the dense block; sums, which come
+  // and go with every channel.
+  const double moves = static_cast<double>((2 * taps + 6) * std::min<int64_t>(plan.channels, 256));
+  constexpr double kCopy = 3;
+  const int64_t most_columns = std::clamp<int64_t>(budget / (halo_rows + 4), 8, 64);
+  double least = 0;
+  PixelClass best = cls;
+  for (int64_t pieces = ceil_div(cls.columns.count, most_columns);; ++pieces) {
+    const int64_t columns = ceil_div(cls.columns.count, pieces);
+    if (best.block_columns != 0 && columns < 8) break;
+    block_by(plan, columns, budget, halo_rows, cls);
+    const double positions = static_cast<double>((cls.block_images * cls.image_rows + halo_rows) * cls.pitch);
+    const double cost =
+        (moves + kCopy * positions) * static_cast<double>(cls.blocks[0] * cls.blocks[1] * cls.blocks[2]);
+    if (best.block_columns == 0 || cost < 0.97 * least) best = cls, least = cost;
+  }
+  cls = best;
 }
 
 int tile_channels(int vectors, int registers) { return (registers == 32 ? 24 : 12) / vectors; }
@@ -238,7 +261,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
     }
   }
   int taps = 1;
-  bool threes = plan.channels >= 12 * plan.lanes;  // cuts are coarser then
+  bool threes = plan.channels >= 4 * plan.lanes;  // cuts are coarser then
   bool twos = false;
   for (const PixelClass& cls : plan.classes) {
     for (const TapGroup& group : cls.groups) {
