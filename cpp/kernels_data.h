@@ -262,7 +262,8 @@ struct Sweep {
     }
   }
 
-  static ST_INLINE void fetch(Ahead& ahead) {
+  // Out of line: once a row, and gcc keeps what the steps need in registers.
+  static ST_NOINLINE void fetch(Ahead& ahead) {
     if (ahead.pieces == 0) {
       for (int i = 0; i < ahead.each; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
       return;
@@ -296,13 +297,13 @@ struct Sweep {
                   a.stream,
                   V(row->values)};
       if constexpr (kEnds) {
+        if (padded && row->out == nullptr) {
+          run_padded<false>(at, a.pixels);
+          continue;
+        }
         if (padded) {
-          if (row->out == nullptr) {
-            run_padded<false>(at, a.pixels);
-          } else {
-            at.out = row->out + first * a.out_pitch;
-            run_padded<true>(at, a.pixels);
-          }
+          at.out = row->out + first * a.out_pitch;
+          run_padded<true>(at, a.pixels);
           continue;
         }
       }
