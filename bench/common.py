@@ -478,8 +478,10 @@ def interleave(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, T
     """Time all `runs` in turn, round after round, for about `budget` seconds each.
 
     The order is drawn anew for each round: what a competitor leaves in the caches (one that transposes large tensors
-    leaves megabytes to be written back) costs the next one up to a third of its speed. Short calls are repeated inside
-    a sample until it lasts a few milliseconds. Three rounds at least, at any cost.
+    leaves megabytes to be written back) costs the next one up to a third of its speed. An untimed call comes before
+    each sample: a thread that wakes up after other work may share the caller's core until the next tick of the
+    scheduler, which doubles the time of that call. Short calls are repeated inside a sample until it lasts a few
+    milliseconds. Three rounds at least, at any cost.
     """
     single = {}
     for name, run in runs.items():
@@ -492,6 +494,7 @@ def interleave(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, T
     rng = np.random.default_rng(0)
     for _ in range(rounds):
         for name in rng.permutation(list(runs)):
+            runs[name]()
             samples[name].append(_clock(runs[name], repeats[name]))
     return {name: Timing(float(np.median(values)), min(values), values) for name, values in samples.items()}
 
