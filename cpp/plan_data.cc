@@ -340,10 +340,13 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
   // Where taps are many, writing is a small share of the work: by-passing the caches gained up to 8 % of it where there
   // is one multiply-add a cycle, and lost up to 7 % elsewhere.
-  const bool streams = plan.pointwise || (plan.packs && machine.single_fma(kernels.lanes));
+  const bool single_fma = machine.single_fma(kernels.lanes);
+  // A small result of much input, walked in pairs, comes in bursts that its writes are waited for: 12 to 15 % lost.
+  const bool bursts = single_fma && !dense && density >= plan.pair_density && 4 * plan.features <= plan.channels;
+  const bool streams = plan.pointwise ? !bursts : plan.packs && single_fma;
   plan.stream = streams && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   // A single visit has a load for each multiply-add, and its value is one more.
-  plan.take = machine.single_fma(kernels.lanes);
+  plan.take = single_fma;
   plan.value_work = (dense ? 1 : density) * static_cast<double>(shape.r * shape.s * plan.features) /
                     static_cast<double>(kernels.lanes * (fwd ? shape.stride_h * shape.stride_w : 1));
   plan.serial = serial(machine, kernels, dense ? 1 : density, plan);
