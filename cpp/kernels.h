@@ -263,6 +263,9 @@ struct WeightsTileArgs {
   ptrdiff_t image_pitch, pitch;  // positions between images and between rows
   int tap_rows, tap_columns;
   ptrdiff_t tap_row;
+  // Pixel (row, column) and tap (r, s) meet row first_row + row + r and column first_column + column + s of the dense
+  // image. What lies beyond its `dense_rows` and `dense_columns` is padding and left out.
+  int first_row, dense_rows, first_column, dense_columns;
   WeightsPanel panel;
   WeightsPrefetch next[2];
 };

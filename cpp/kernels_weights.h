@@ -251,17 +251,28 @@ struct Tile {
   static constexpr int kChannels = tile_channels<Isa, kVectors>();
   static constexpr int kWidth = kVectors * Isa::kLanes;
 
-  static ST_INLINE void pixels(const WeightsTileArgs& args, const float* values, const float* dense,
+  // Of a row or column of the block, those that meet the dense image with a tap: [begin, end).
+  struct Met {
+    int begin, end;
+    ST_INLINE Met(int first, int dense, int count)
+        : begin(first < 0 ? -first : 0), end(dense - first < count ? dense - first : count) {}
+  };
+
+  static ST_INLINE void pixels(const WeightsTileArgs& args, int r, int s, const float* values,
                                Vec (&acc)[kChannels * kVectors]) {
+    const Met rows(args.first_row + r, args.dense_rows, args.rows);
+    const Met columns(args.first_column + s, args.dense_columns, args.columns);
+    const float* dense = args.dense + (r * args.tap_row + s + columns.begin) * kWidth;
+    values += columns.begin * kChannels;
     for (int image = 0; image < args.images; ++image) {
-      const float* line = dense + image * args.image_pitch * kWidth;
-      for (int row = 0; row < args.rows; ++row, line += args.pitch * kWidth) {
-        const float* y = line;
-        for (int x = args.columns; x > 0; --x, y += kWidth, values += kChannels) {
+      for (int row = rows.begin; row < rows.end; ++row) {
+        const float* y = dense + (image * args.image_pitch + row * args.pitch) * kWidth;
+        const float* x = values + static_cast<ptrdiff_t>(image * args.rows + row) * args.columns * kChannels;
+        for (int left = columns.end - columns.begin; left > 0; --left, y += kWidth, x += kChannels) {
           Vec vectors[kVectors];
           unroll<kVectors>([&](auto v) ST_LAMBDA { vectors[v] = Isa::load(y + v * Isa::kLanes); });
           unroll<kChannels>([&](auto c) ST_LAMBDA {
-            const Vec value = Isa::broadcast(values + c);
+            const Vec value = Isa::broadcast(x + c);
             unroll<kVectors>(
                 [&](auto v) ST_LAMBDA { acc[c * kVectors + v] = Isa::fma(value, vectors[v], acc[c * kVectors + v]); });
           });
@@ -286,7 +297,7 @@ struct Tile {
         const ptrdiff_t out = first * panel.out_channel + r * panel.out_row + s * panel.out_column;
         Vec acc[kChannels * kVectors];
         unroll<kChannels>([&](auto c) ST_LAMBDA { Sums::load(panel, sums + c * taps * kWidth, acc + c * kVectors); });
-        pixels(args, values, args.dense + (r * args.tap_row + s) * kWidth, acc);
+        pixels(args, r, s, values, acc);
         unroll<kChannels>([&](auto c) ST_LAMBDA {
           if (c < channels)
             Sums::save(panel, sums + c * taps * kWidth, out + c * panel.out_channel, acc + c * kVectors);

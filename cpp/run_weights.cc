@@ -342,6 +342,10 @@ class WeightsRun {
                                group.rows.taps,
                                group.columns.taps,
                                cls.pitch,
+                               static_cast<int>(block.row + group.rows.offset),
+                               static_cast<int>(group.rows.count),
+                               static_cast<int>(block.column + group.columns.offset),
+                               static_cast<int>(group.columns.count),
                                panel,
                                {next_dense, next_checked}});
         });
