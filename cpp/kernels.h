@@ -205,6 +205,7 @@ struct WeightsPrefetch {
 // Where the sums of a walk or tile live between pixel blocks, and where they go after the last one.
 struct WeightsPanel {
   float* sums;                                 // [channel][tap][vectors * lanes], 64-byte aligned
+  ptrdiff_t channel, row;                      // floats between channels and between rows of taps; of tiles no others
   bool first;                                  // sums start from zero
   float* out;                                  // null: keep them in `sums`; else drhs of channel 0, tap 0
   ptrdiff_t out_channel, out_row, out_column;  // floats between channels, tap rows and tap columns of out

@@ -96,15 +96,19 @@ struct Walk {
   static constexpr bool kPairs = walk_together(2, kCount, Isa::kRegisters);
 
   static ST_INLINE void load(const WeightsPanel& panel, int64_t channel, Vec (&acc)[kCount]) {
-    const float* sums = panel.sums + channel * (kTaps * kWidth);
-    unroll<kTaps>([&](auto t) ST_LAMBDA { Sums::load(panel, sums + t * kWidth, acc + t * kVectors); });
+    const float* sums = panel.sums + channel * panel.channel;
+    const ptrdiff_t row = panel.row;
+    unroll<kTaps>([&](auto t) ST_LAMBDA {
+      Sums::load(panel, sums + t / kColumns * row + t % kColumns * kWidth, acc + t * kVectors);
+    });
   }
-  static ST_INLINE void save(const WeightsPanel& panel, int64_t channel, const Vec (&acc)[kCount]) {
-    float* sums = panel.sums + channel * (kTaps * kWidth);
+  static ST_INLINE void save(const WeightsPanel& given, int64_t channel, const Vec (&acc)[kCount]) {
+    const WeightsPanel panel = given;  // what is stored cannot change it
+    float* sums = panel.sums + channel * panel.channel;
     const ptrdiff_t out = channel * panel.out_channel;
     unroll<kTaps>([&](auto t) ST_LAMBDA {
-      Sums::save(panel, sums + t * kWidth, out + t / kColumns * panel.out_row + t % kColumns * panel.out_column,
-                 acc + t * kVectors);
+      Sums::save(panel, sums + t / kColumns * panel.row + t % kColumns * kWidth,
+                 out + t / kColumns * panel.out_row + t % kColumns * panel.out_column, acc + t * kVectors);
     });
   }
 

@@ -104,7 +104,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
     const int vectors = features > 2 * lanes ? 4 : features > lanes ? 2 : 1;
-    groups.push_back({rows, columns, vectors, false});
+    groups.push_back({rows, columns, vectors, false, {}});
     return;
   }
   const int max_columns = machine.registers >= 32 ? kMaxTapColumns : 5;
@@ -127,7 +127,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
         if (vectors == 8 && features >= 16 * lanes) vectors = 4;
         lists = vectors <= 4;
       }
-      groups.push_back({row_part, part, vectors, lists});
+      groups.push_back({row_part, part, vectors, lists, {}});
     }
   }
 }
@@ -207,13 +207,141 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   cls = best;
 }
 
+// Calls f for a class and each of its borders.
+template <class F>
+void for_parts(const PixelClass& cls, F&& f) {
+  f(cls);
+  for (const PixelClass& border : cls.borders) f(border);
+}
+
+// Pixels [begin, end) of a class along an axis, and those of a run of taps that any of them meets outside of padding.
+struct Part {
+  int64_t begin, end;
+  PixelAxis of(const PixelAxis& whole) const { return {whole.start + begin * whole.step, whole.step, end - begin}; }
+  int first(const TapAxis& axis) const { return static_cast<int>(std::max<int64_t>(0, 1 - end - axis.offset)); }
+  int last(const TapAxis& axis) const {
+    return static_cast<int>(std::min<int64_t>(axis.taps, axis.count - begin - axis.offset));
+  }
+  TapAxis of(const TapAxis& whole, int first_tap, int last_tap) const {
+    TapAxis axis = whole;
+    axis.tap += first_tap * whole.tap_step;
+    axis.taps = last_tap - first_tap;
+    axis.offset += first_tap + begin;
+    return axis;
+  }
+};
+
+// The pixels rows x columns of a class. No groups if they meet padding only.
+PixelClass part_of(const PixelClass& whole, const Part& rows, const Part& columns, const WeightsMachine& machine) {
+  PixelClass part{};
+  part.rows = rows.of(whole.rows);
+  part.columns = columns.of(whole.columns);
+  for (const TapGroup& group : whole.groups) {
+    int top = rows.first(group.rows), bottom = rows.last(group.rows);
+    int left = columns.first(group.columns), right = columns.last(group.columns);
+    if (top >= bottom || left >= right) continue;
+    // The next larger rectangle that a kernel exists for; that of the whole group does.
+    while (!walk_lists((bottom - top) * (right - left)) ||
+           !walk_offered(bottom - top, right - left, group.vectors, machine.registers)) {
+      if (right < group.columns.taps) {
+        ++right;
+      } else if (left > 0) {
+        --left;
+      } else if (bottom < group.rows.taps) {
+        ++bottom;
+      } else {
+        --top;
+      }
+    }
+    TapGroup taps = group;
+    taps.rows = rows.of(group.rows, top, bottom);
+    taps.columns = columns.of(group.columns, left, right);
+    taps.place.first = top * group.columns.taps + left;
+    part.groups.push_back(taps);
+  }
+  return part;
+}
+
+// Pixels at either end of an axis that meet padding with some taps.
+std::pair<int64_t, int64_t> ends_of(const PixelAxis& pixels, const std::vector<TapGroup>& groups,
+                                    TapAxis TapGroup::* of) {
+  int64_t before = 0, after = 0;
+  for (const TapGroup& group : groups) {
+    const TapAxis& axis = group.*of;
+    before = std::max(before, -axis.offset);
+    after = std::max(after, pixels.count + axis.taps - 1 + axis.offset - axis.count);
+  }
+  return {before, after};
+}
+
+// What walking a class costs, in multiply-adds for a vector of features. Fitted to classes with and without borders;
+// why lists of single columns cost more is not known.
+double walk_cost(const WeightsPlan& plan, double density, const PixelClass& cls) {
+  constexpr double kMove = 2, kCopy = 3;  // of a sum in and out, of a position of the copy
+  constexpr double kList = 40, kColumn = 100;
+  const double channels = static_cast<double>(plan.channels);
+  double cost = 0;
+  for_parts(cls, [&](const PixelClass& part) {
+    const double pixels = static_cast<double>(plan.shape.n * part.rows.count * part.columns.count);
+    for (const TapGroup& group : part.groups) {
+      const int taps = group.rows.taps * group.columns.taps;
+      cost += pixels * channels * density * taps;
+      const double list = (part.columns.count == 1 ? kColumn : kList) / group.vectors;
+      cost += static_cast<double>(part.block_count()) *
+              (channels * (kMove * taps + list) + kCopy * static_cast<double>(part.positions));
+    }
+  });
+  return cost;
+}
+
+// Cuts borders off a class whose walks gain by it.
+void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
+  for (const TapGroup& group : cls.groups) {
+    if (!group.lists || !walk_lists(group.rows.taps * group.columns.taps)) return;
+  }
+  const auto [top, bottom] = ends_of(cls.rows, cls.groups, &TapGroup::rows);
+  const auto [left, right] = ends_of(cls.columns, cls.groups, &TapGroup::columns);
+  const Part all_columns{0, cls.columns.count};
+  PixelClass best = cls;
+  for (const bool and_columns : {false, true}) {
+    const Part rows{top, cls.rows.count - bottom};
+    const Part columns = and_columns ? Part{left, cls.columns.count - right} : all_columns;
+    if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
+    PixelClass inner = part_of(cls, rows, columns, machine);
+    const auto add = [&](const Part& border_rows, const Part& border_columns) {
+      const PixelClass border = part_of(cls, border_rows, border_columns, machine);
+      if (!border.groups.empty()) inner.borders.push_back(border);
+    };
+    for (int64_t y = 0; y < cls.rows.count; ++y) {
+      if (y < rows.begin || y >= rows.end) add({y, y + 1}, all_columns);
+    }
+    for (int64_t x = 0; x < cls.columns.count; ++x) {
+      if (x < columns.begin || x >= columns.end) add(rows, {x, x + 1});
+    }
+    block_pixels(plan, density, machine, inner);
+    for (PixelClass& border : inner.borders) block_pixels(plan, density, machine, border);
+    if (walk_cost(plan, density, inner) < 0.99 * walk_cost(plan, density, best)) best = inner;
+  }
+  cls = best;
+}
+
+// The share of pairs of a pixel and a tap that are not padding.
+double met_share(const PixelAxis& pixels, const TapAxis& axis) {
+  int64_t met = 0;
+  for (int j = 0; j < axis.taps; ++j) {
+    const int64_t begin = std::max<int64_t>(0, -(j + axis.offset));
+    met += std::max<int64_t>(0, std::min(pixels.count, axis.count - j - axis.offset) - begin);
+  }
+  return static_cast<double>(met) / static_cast<double>(std::max<int64_t>(1, pixels.count * axis.taps));
+}
+
 int tile_channels(int vectors, int registers) { return (registers == 32 ? 24 : 12) / vectors; }
 
 // What one way to run the call would cost.
 double estimate(const WeightsPlan& plan, double density, const WeightsMachine& machine) {
   const Costs costs = costs_of(machine);
   double cost = 0;
-  for (const PixelClass& cls : plan.classes) {
+  const auto add = [&](const PixelClass& cls) {
     const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
     for (const TapGroup& group : cls.groups) {
       const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
@@ -225,12 +353,14 @@ double estimate(const WeightsPlan& plan, double density, const WeightsMachine& m
                 (density * walk * tap_vectors + costs.end / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
       } else {
         const int64_t tile = tile_channels(group.vectors, machine.registers), tiles = ceil_div(plan.channels, tile);
-        cost += pixels * tiles * (tile * costs.tile * tap_vectors + costs.group);
+        const double met = met_share(cls.rows, group.rows) * met_share(cls.columns, group.columns);
+        cost += pixels * tiles * (tile * costs.tile * tap_vectors * met + costs.group);
       }
       cost += pixels * vectors * costs.copy;
     }
     if (plan.sparse) cost += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
-  }
+  };
+  for (const PixelClass& cls : plan.classes) for_parts(cls, add);
   return cost;
 }
 
@@ -256,7 +386,12 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
           add_groups(row_taps, column_taps, sparse, density, plan.features, machine, cls.groups);
         }
       }
+      for (size_t i = 0; i < cls.groups.size(); ++i) {
+        const int row = cls.groups[i].columns.taps;
+        cls.groups[i].place = {static_cast<int>(i), cls.groups[i].rows.taps * row, row, 0};
+      }
       block_pixels(plan, density, machine, cls);
+      if (sparse) cut_borders(plan, density, machine, cls);
       plan.classes.push_back(cls);
     }
   }
@@ -289,7 +424,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
       widest = std::max<int64_t>(widest, group.vectors);
     }
     taps = std::max(taps, class_taps);
-    positions = std::max(positions, cls.positions);
+    for_parts(cls, [&positions](const PixelClass& part) { positions = std::max(positions, part.positions); });
     blocks = std::max(blocks, cls.block_count());
     pixels = std::max(pixels, plan.shape.n * cls.rows.count * cls.columns.count);
     all_taps += class_taps;
@@ -396,6 +531,7 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("chunks", std::to_string(plan.chunks));
   add("pixel_classes", std::to_string(plan.classes.size()));
   const PixelClass& cls = plan.classes.front();
+  add("borders", std::to_string(cls.borders.size()));
   add("pixel_block", std::to_string(cls.block_images) + "x" + std::to_string(cls.block_rows) + "x" +
                          std::to_string(cls.block_columns));
   std::string groups;

@@ -7,7 +7,9 @@
 //   g checked     all pixels of g form one class; taps stride apart meet neighbouring pixels of one of stride x stride
 //                 sub-images of lhs
 // So in each *class* of checked pixels, each *group* of taps (a rectangle that a kernel is instantiated for) pairs
-// checked pixel u and tap j with pixel u + j + offset of a sub-image of the dense operand.
+// checked pixel u and tap j with pixel u + j + offset of a sub-image of the dense operand. Where that is padding, tiles
+// leave it out pixel by pixel; for walks, the *borders* of a class are classes of their own with fewer taps, if that
+// saves more than their lists and sums cost.
 //
 // Blocking, from outside in, in the order of the loops in run_weights.cc:
 //   item           a channel block x feature block of drhs x a chunk of the pixels: the unit of work of a thread.
@@ -40,10 +42,17 @@ struct TapAxis {
   int64_t offset;              // checked pixel u and tap j meet sub-image pixel u + j + offset
 };
 
+// Where the sums of a group lie: among those of a class's own group number `group`, which has `taps` taps in rows of
+// `columns`; `first` is the number there of this group's first tap.
+struct TapPlace {
+  int group, taps, columns, first;
+};
+
 struct TapGroup {
   TapAxis rows, columns;
   int vectors;  // of features in a step
   bool lists;   // walks read lists of positions
+  TapPlace place;
 };
 
 // Pixels start, start + step, ... of the checked operand, per axis.
@@ -59,6 +68,9 @@ struct PixelClass {
   int64_t image_rows;  // rows of positions between images of a block
   int64_t positions;   // of a block, a multiple of 64
   int64_t blocks[3];   // images, rows, columns
+  // Rows and columns of pixels that meet padding with some taps: walked apart, with the other taps only. They add to
+  // the sums of this class, which has the pixels in between.
+  std::vector<PixelClass> borders;
   int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
 };
 

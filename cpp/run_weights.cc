@@ -57,24 +57,27 @@ Item item_of(const WeightsPlan& plan, int64_t index) {
   return item;
 }
 
-// Calls f(step's first feature, features, vectors, offset of its sums in the panel) for each step of a group.
-// `offset` runs on from group to group.
+// Calls f(step's first feature, features, vectors, offset of its sums in the panel) for each step of a group, or of one
+// whose sums lie among that one's. `offset` runs on from group to group.
 template <class F>
 void for_steps(const WeightsPlan& plan, const TapGroup& group, const Item& item, int64_t& offset, F&& f) {
-  const int64_t taps = group.rows.taps * group.columns.taps;
   for (int64_t first = 0; first < item.features;) {
     const int vectors = step_vectors(item.features - first, group.vectors, plan.lanes);
     const int64_t width = vectors * plan.lanes, features = std::min(width, item.features - first);
     f(first, static_cast<int>(features), vectors, offset);
-    offset += round_up(plan.channel_block, 24) * taps * width;
+    offset += round_up(plan.channel_block, 24) * group.place.taps * width;
     first += features;
   }
 }
 
-int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item& item) {
+// Floats of the panel of a class, of its first `groups` groups.
+int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item& item, size_t groups) {
   int64_t offset = 0;
-  for (const TapGroup& group : cls.groups) for_steps(plan, group, item, offset, [](int64_t, int, int, int64_t) {});
+  for (size_t i = 0; i < groups; ++i) for_steps(plan, cls.groups[i], item, offset, [](int64_t, int, int, int64_t) {});
   return offset;
+}
+int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item& item) {
+  return panel_floats(plan, cls, item, cls.groups.size());
 }
 
 // Pointers to the pixels of a block, position by position; positions without a pixel point to zeros.
@@ -204,16 +207,20 @@ class WeightsRun {
 
   void size_scratch() {
     const Item item = item_of(plan_, 0);
-    for (const PixelClass& cls : plan_.classes) {
-      positions_ = std::max(positions_, cls.positions);
-      for (const TapGroup& group : cls.groups) {
-        const int64_t positions = cls.positions + group.rows.taps * cls.pitch + group.columns.taps;
+    const auto fit = [this](const PixelClass& part) {
+      positions_ = std::max(positions_, part.positions);
+      for (const TapGroup& group : part.groups) {
+        const int64_t positions = part.positions + group.rows.taps * part.pitch + group.columns.taps;
         dense_positions_ = std::max(dense_positions_, positions);
         copy_floats_ = std::max(copy_floats_, positions * group.vectors * plan_.lanes);
-        const int64_t rows = cls.block_images * (cls.block_rows + group.rows.taps);
+        const int64_t rows = part.block_images * (part.block_rows + group.rows.taps);
         checked_windows_ = std::max(checked_windows_, rows * padded_windows(checked_) * checked_.channels * size_);
         dense_windows_ = std::max(dense_windows_, rows * padded_windows(dense_) * dense_.channels * size_);
       }
+    };
+    for (const PixelClass& cls : plan_.classes) {
+      fit(cls);
+      for (const PixelClass& border : cls.borders) fit(border);
       const int64_t floats = panel_floats(plan_, cls, item);
       item_floats_ += floats;
       panel_floats_ = std::max(panel_floats_, floats);
@@ -253,40 +260,73 @@ class WeightsRun {
     return s;
   }
 
+  // A block of a class or of one of its borders.
+  struct Place {
+    const PixelClass* part;
+    int64_t index;
+  };
+
+  // The blocks of an item. Those of borders come before the last of the class itself, which writes all sums out. Each
+  // border's go to chunks from another one on: there may be fewer of them than chunks.
+  std::vector<Place> places(const PixelClass& cls, const Item& item) const {
+    std::vector<Place> places;
+    const auto add = [&](const PixelClass& part, int64_t chunk) {
+      const int64_t blocks = part.block_count();
+      for (int64_t i = blocks * chunk / plan_.chunks; i < blocks * (chunk + 1) / plan_.chunks; ++i) {
+        places.push_back({&part, i});
+      }
+    };
+    add(cls, item.chunk);
+    const size_t own = places.size() - 1;
+    for (size_t i = 0; i < cls.borders.size(); ++i) {
+      add(cls.borders[i], (item.chunk + static_cast<int64_t>(i) + 1) % plan_.chunks);
+    }
+    std::rotate(places.begin() + own, places.begin() + own + 1, places.end());
+    return places;
+  }
+
   void run_class(const PixelClass& cls, const Item& item, ItemScratch& scratch) const {
-    const int64_t blocks = cls.block_count();
-    const int64_t begin = blocks * item.chunk / plan_.chunks, end = blocks * (item.chunk + 1) / plan_.chunks;
-    int64_t steps = 0, unused = 0;
+    const std::vector<Place> blocks = places(cls, item);
     Lists lists = plan_.together == 1 ? Lists::kPacked : Lists::kAll;
     bool any_lists = false;
     for (const TapGroup& group : cls.groups) {
       any_lists = any_lists || group.lists;
       if (!group.lists) lists = Lists::kAll;
-      for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
     }
     if (!any_lists) lists = Lists::kNone;
-    point_at_checked(cls, begin, item, scratch, scratch.checked[0]);
-    point_at_dense(cls, cls.groups[0], begin, scratch, scratch.dense[0]);
-    for (int64_t index = begin; index < end; ++index) {
-      const Block block = block_of(plan_, cls, index);
-      const bool last = index + 1 == end;
+    // The first block starts all sums, unless it is one of a border's.
+    const bool starts = blocks.front().part == &cls;
+    if (!starts) std::memset(scratch.panel, 0, panel_floats(plan_, cls, item) * sizeof(float));
+    point_at_checked(*blocks[0].part, blocks[0].index, item, scratch, scratch.checked[0]);
+    point_at_dense(*blocks[0].part, blocks[0].part->groups[0], blocks[0].index, scratch, scratch.dense[0]);
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const PixelClass& part = *blocks[b].part;
+      const Block block = block_of(plan_, part, blocks[b].index);
+      const bool first_block = b == 0 && starts, last = b + 1 == blocks.size();
+      const Place next_block = last ? Place{} : blocks[b + 1];
       const bool any = !plan_.sparse || pack(item, lists, scratch) != 0;
       scratch.checked[1].count = 0;
-      if (!last) point_at_checked(cls, index + 1, item, scratch, scratch.checked[1]);
-      if (!any && index != begin && !(direct() && last)) {  // nothing to add, nothing to start or to store
-        if (!last) point_at_dense(cls, cls.groups[0], index + 1, scratch, scratch.dense[0]);
+      if (!last) point_at_checked(*next_block.part, next_block.index, item, scratch, scratch.checked[1]);
+      if (!any && !first_block && !(direct() && last)) {  // nothing to add, nothing to start or to store
+        if (!last) {
+          point_at_dense(*next_block.part, next_block.part->groups[0], next_block.index, scratch, scratch.dense[0]);
+        }
         std::swap(scratch.checked[0], scratch.checked[1]);
         continue;
       }
-      int64_t offset = 0, step = 0;
+      int64_t steps = 0, unused = 0, step = 0;
+      for (const TapGroup& group : part.groups) {
+        for_steps(plan_, group, item, unused, [&steps](int64_t, int, int, int64_t) { ++steps; });
+      }
       int grouped = 0;
-      for (size_t i = 0; i < cls.groups.size(); ++i) {
-        const TapGroup& group = cls.groups[i];
+      for (size_t i = 0; i < part.groups.size(); ++i) {
+        const TapGroup& group = part.groups[i];
+        int64_t offset = panel_floats(plan_, cls, item, group.place.group);
         scratch.dense[1].count = 0;
-        if (i + 1 < cls.groups.size()) {
-          point_at_dense(cls, cls.groups[i + 1], index, scratch, scratch.dense[1]);
+        if (i + 1 < part.groups.size()) {
+          point_at_dense(part, part.groups[i + 1], blocks[b].index, scratch, scratch.dense[1]);
         } else if (!last) {
-          point_at_dense(cls, cls.groups[0], index + 1, scratch, scratch.dense[1]);
+          point_at_dense(*next_block.part, next_block.part->groups[0], next_block.index, scratch, scratch.dense[1]);
         }
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
           const int width = vectors * plan_.lanes;
@@ -295,7 +335,7 @@ class WeightsRun {
             table_.copy[dtype_](
                 {scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
           const WeightsPanel panel =
-              panel_of(group, item, first, features, scratch.panel + sums, index == begin, direct() && last);
+              panel_of(group, item, first, features, width, scratch.panel + sums, first_block, direct() && last);
           const bool more = first + features < item.features;
           const PixelTable& next = scratch.dense[more ? 0 : 1];
           const WeightsPrefetch next_dense = {next.pixels, next.count, (more ? feature + width : item.feature) * size_,
@@ -319,7 +359,7 @@ class WeightsRun {
                                                                       channels,
                                                                       plan_.together,
                                                                       scratch.copy,
-                                                                      cls.pitch,
+                                                                      part.pitch,
                                                                       panel,
                                                                       {next_dense, next_checked}});
             return;
@@ -337,11 +377,11 @@ class WeightsRun {
                                static_cast<int>(block.rows),
                                static_cast<int>(block.columns),
                                scratch.copy,
-                               cls.image_rows * cls.pitch,
-                               cls.pitch,
+                               part.image_rows * part.pitch,
+                               part.pitch,
                                group.rows.taps,
                                group.columns.taps,
-                               cls.pitch,
+                               part.pitch,
                                static_cast<int>(block.row + group.rows.offset),
                                static_cast<int>(group.rows.count),
                                static_cast<int>(block.column + group.columns.offset),
@@ -430,11 +470,19 @@ class WeightsRun {
     return drhs_.at(((group.rows.tap * s.s + group.columns.tap) * s.c + c) * s.k + k);
   }
 
-  WeightsPanel panel_of(const TapGroup& group, const Item& item, int64_t first, int features, float* sums,
+  WeightsPanel panel_of(const TapGroup& group, const Item& item, int64_t first, int features, int width, float* sums,
                         bool first_block, bool to_drhs) const {
     const ConvShape& s = plan_.shape;
+    const TapPlace& place = group.place;
     float* out = to_drhs ? static_cast<float*>(drhs_at(group, item.channel, item.feature + first)) : nullptr;
-    return {sums,    first_block, out, s.k, group.rows.tap_step * s.s * s.c * s.k, group.columns.tap_step * s.c * s.k,
+    return {sums + place.first * width,
+            place.taps * width,
+            place.columns * width,
+            first_block,
+            out,
+            s.k,
+            group.rows.tap_step * s.s * s.c * s.k,
+            group.columns.tap_step * s.c * s.k,
             features};
   }
 

@@ -57,6 +57,19 @@ ADVERSARIAL = [
     Case(1, 4, 4, 3, 5, 11, 11, (1, 1), ((8, 8), (8, 8))),
 ]
 
+# Pixels that meet padding are many, and enough of them for lists of their own.
+BORDERS = [
+    same(Case(16, 7, 7, 32, 33, 3, 3)),
+    same(Case(32, 5, 4, 48, 64, 3, 3)),
+    Case(16, 6, 6, 20, 32, 3, 3, (1, 1), ((2, 0), (0, 2))),
+    same(Case(16, 3, 9, 32, 32, 3, 3)),  # one block between the borders
+    same(Case(16, 9, 10, 16, 24, 5, 5)),
+    same(Case(20, 10, 11, 16, 16, 7, 7)),
+    same(Case(16, 13, 13, 32, 32, 3, 3, (2, 2))),
+    same(Case(16, 12, 12, 16, 32, 6, 5, (2, 2))),
+    same(Case(16, 28, 28, 16, 16, 3, 3)),  # the pixels in chunks
+]
+
 EMPTY = [
     same(Case(0, 6, 6, 4, 8, 3, 3)),
     same(Case(2, 6, 6, 0, 8, 3, 3)),
@@ -113,6 +126,31 @@ def test_small_integers_give_the_exact_result(component: str, case: Case, isa: s
         want = COMPONENTS[component](case, a, b).astype(np.float32)
         for mode in MODES:
             np.testing.assert_array_equal(run(component, case, a, b, mode), want, err_msg=f"{sparsity_a} {mode}")
+
+
+@pytest.mark.parametrize("case", BORDERS, ids=str)
+def test_weight_gradients_leave_nothing_out_but_padding(case: Case, isa: str) -> None:
+    rng = seed("borders", case)
+    borders = 0
+    for sparsity_lhs, sparsity_g in (
+        (0.0, 0.0),
+        (0.3, 0.0),
+        (0.5, 0.0),
+        (0.7, 0.0),
+        (0.9, 0.0),
+        (0.0, 0.4),
+        (0.2, 0.8),
+    ):
+        lhs = values(rng, case.lhs_shape, sparsity_lhs, integers=True)
+        g = values(rng, case.out_shape, sparsity_g, integers=True)
+        want = COMPONENTS["bwd_weights"](case, lhs, g).astype(np.float32)
+        for mode in ("sparse", "dense"):
+            got = run("bwd_weights", case, lhs, g, mode)
+            np.testing.assert_array_equal(got, want, err_msg=f"{sparsity_lhs} {sparsity_g} {mode}")
+        dims = [case.n, case.h, case.w, case.c, case.k, case.r, case.s]
+        plan = native.plan("bwd_weights", dims, spec_of(case).geometry, 1 - sparsity_lhs)
+        borders += int(plan["borders"]) if plan["path"] == "sparse" else 0
+    assert borders > 0 or case.strides != (1, 1) or isa == "portable"
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
