@@ -191,7 +191,7 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   // Of all widths the one that copies and moves the least for a pixel: positions of the dense block; sums, which come
   // and go with every channel.
   const double moves = static_cast<double>((2 * taps + 6) * std::min<int64_t>(plan.channels, 256));
-  constexpr double kCopy = 3;
+  const double copy = costs_of(machine).copy;
   const int64_t most_columns = std::clamp<int64_t>(budget / (halo_rows + 4), 8, 64);
   double least = 0;
   PixelClass best = cls;
@@ -200,8 +200,7 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
     if (best.block_columns != 0 && columns < 8) break;
     block_by(plan, columns, budget, halo_rows, cls);
     const double positions = static_cast<double>((cls.block_images * cls.image_rows + halo_rows) * cls.pitch);
-    const double cost =
-        (moves + kCopy * positions) * static_cast<double>(cls.blocks[0] * cls.blocks[1] * cls.blocks[2]);
+    const double cost = (moves + copy * positions) * static_cast<double>(cls.blocks[0] * cls.blocks[1] * cls.blocks[2]);
     if (best.block_columns == 0 || cost < 0.97 * least) best = cls, least = cost;
   }
   cls = best;
@@ -276,9 +275,9 @@ std::pair<int64_t, int64_t> ends_of(const PixelAxis& pixels, const std::vector<T
 
 // What walking a class costs, in multiply-adds for a vector of features. Fitted to classes with and without borders;
 // why lists of single columns cost more is not known.
-double walk_cost(const WeightsPlan& plan, double density, const PixelClass& cls) {
-  constexpr double kMove = 2, kCopy = 3;  // of a sum in and out, of a position of the copy
-  constexpr double kList = 40, kColumn = 100;
+double walk_cost(const WeightsPlan& plan, double density, const WeightsMachine& machine, const PixelClass& cls) {
+  constexpr double kMove = 2, kList = 40, kColumn = 100;  // a sum in and out; a list, of single columns
+  const double copy = costs_of(machine).copy;
   const double channels = static_cast<double>(plan.channels);
   double cost = 0;
   for_parts(cls, [&](const PixelClass& part) {
@@ -288,7 +287,7 @@ double walk_cost(const WeightsPlan& plan, double density, const PixelClass& cls)
       cost += pixels * channels * density * taps;
       const double list = (part.columns.count == 1 ? kColumn : kList) / group.vectors;
       cost += static_cast<double>(part.block_count()) *
-              (channels * (kMove * taps + list) + kCopy * static_cast<double>(part.positions));
+              (channels * (kMove * taps + list) + copy * static_cast<double>(part.positions));
     }
   });
   return cost;
@@ -320,7 +319,7 @@ void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& 
     }
     block_pixels(plan, density, machine, inner);
     for (PixelClass& border : inner.borders) block_pixels(plan, density, machine, border);
-    if (walk_cost(plan, density, inner) < 0.99 * walk_cost(plan, density, best)) best = inner;
+    if (walk_cost(plan, density, machine, inner) < 0.99 * walk_cost(plan, density, machine, best)) best = inner;
   }
   cls = best;
 }
@@ -396,7 +395,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
     }
   }
   int taps = 1;
-  bool threes = plan.channels >= 4 * plan.lanes;  // cuts are coarser then
+  bool threes = plan.channels >= 4 * plan.lanes;  // fewer are cut unevenly
   bool twos = false;
   for (const PixelClass& cls : plan.classes) {
     for (const TapGroup& group : cls.groups) {

@@ -277,11 +277,11 @@ class WeightsRun {
       }
     };
     add(cls, item.chunk);
-    const size_t own = places.size() - 1;
+    const size_t own = places.size();
     for (size_t i = 0; i < cls.borders.size(); ++i) {
       add(cls.borders[i], (item.chunk + static_cast<int64_t>(i) + 1) % plan_.chunks);
     }
-    std::rotate(places.begin() + own, places.begin() + own + 1, places.end());
+    if (own > 0) std::rotate(places.begin() + own - 1, places.begin() + own, places.end());
     return places;
   }
 
@@ -294,9 +294,10 @@ class WeightsRun {
       if (!group.lists) lists = Lists::kAll;
     }
     if (!any_lists) lists = Lists::kNone;
-    // The first block starts all sums, unless it is one of a border's.
-    const bool starts = blocks.front().part == &cls;
+    // The first block starts all sums, unless it is one of a border's. A chunk may have none.
+    const bool starts = !blocks.empty() && blocks.front().part == &cls;
     if (!starts) std::memset(scratch.panel, 0, panel_floats(plan_, cls, item) * sizeof(float));
+    if (blocks.empty()) return;
     point_at_checked(*blocks[0].part, blocks[0].index, item, scratch, scratch.checked[0]);
     point_at_dense(*blocks[0].part, blocks[0].part->groups[0], blocks[0].index, scratch, scratch.dense[0]);
     for (size_t b = 0; b < blocks.size(); ++b) {
