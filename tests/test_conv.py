@@ -154,20 +154,22 @@ def test_both_modes_and_orders_of_differentiation_equal_lax(name: str) -> None:
             def norm(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
                 return sum((g * t).sum() for g, t in zip(jax.grad(loss, (0, 1))(lhs, rhs), (dlhs, drhs), strict=True))
 
-            return {
+            first = {
                 "jvp": jax.jvp(f, (lhs, rhs), (dlhs, drhs)),
                 "vjp": jax.grad(loss, (0, 1))(lhs, rhs),
-                "jvp of grad": jax.jvp(jax.grad(loss, (0, 1)), (lhs, rhs), (dlhs, drhs)),
-                "grad of grad": jax.grad(norm, (0, 1))(lhs, rhs),
                 "linearize": jax.linearize(f, lhs, rhs)[1](dlhs, drhs),
                 "linear_transpose": jax.linear_transpose(lambda lhs: f(lhs, rhs), lhs)(f(dlhs, drhs)),
+            }
+            if name == "2d_crop":  # computed by lax on both sides, but XLA's own second derivatives of it hold garbage
+                return first
+            return first | {
+                "jvp of grad": jax.jvp(jax.grad(loss, (0, 1)), (lhs, rhs), (dlhs, drhs)),
+                "grad of grad": jax.grad(norm, (0, 1))(lhs, rhs),
             }
 
         return jax.jit(all_of_them)
 
     arrays = (lhs, rhs, dlhs, drhs)
-    if name == "2d_crop":  # computed by lax on both sides, but XLA's own second derivatives of it hold garbage
-        arrays = tuple(map(jnp.zeros_like, arrays))
     assert_same(derivatives(st.conv_general_dilated)(*arrays), derivatives(lax.conv_general_dilated)(*arrays))
 
 
