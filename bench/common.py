@@ -475,7 +475,7 @@ class Timing(NamedTuple):
 
 
 def interleave(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, Timing]:
-    """Time all `runs` in turn, round after round, for about `budget` seconds each.
+    """Time all `runs` in turn, round after round, for about `budget` seconds each (untimed calls come on top).
 
     The order is drawn anew for each round: what a competitor leaves in the caches (one that transposes large tensors
     leaves megabytes to be written back) costs the next one up to a third of its speed. An untimed call comes before

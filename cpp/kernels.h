@@ -204,8 +204,8 @@ struct WeightsPrefetch {
 
 // Where the sums of a walk or tile live between pixel blocks, and where they go after the last one.
 struct WeightsPanel {
-  float* sums;                                 // [channel][tap][vectors * lanes], 64-byte aligned
-  ptrdiff_t channel, row;                      // floats between channels and between rows of taps; of tiles no others
+  float* sums;                                 // [channel][tap][vectors * lanes]
+  ptrdiff_t channel, row;                      // floats between channels and between rows of taps; tiles have all taps
   bool first;                                  // sums start from zero
   float* out;                                  // null: keep them in `sums`; else drhs of channel 0, tap 0
   ptrdiff_t out_channel, out_row, out_column;  // floats between channels, tap rows and tap columns of out
@@ -264,9 +264,9 @@ struct WeightsTileArgs {
   ptrdiff_t image_pitch, pitch;  // positions between images and between rows
   int tap_rows, tap_columns;
   ptrdiff_t tap_row;
-  // Pixel (row, column) and tap (r, s) meet row first_row + row + r and column first_column + column + s of the dense
-  // image. What lies beyond its `dense_rows` and `dense_columns` is padding and left out.
-  int first_row, dense_rows, first_column, dense_columns;
+  // Rows [row_begin - r, row_end - r) of pixels meet the dense image with row r of taps, and so do columns; what others
+  // meet is padding and left out.
+  int row_begin, row_end, column_begin, column_end;
   WeightsPanel panel;
   WeightsPrefetch next[2];
 };

@@ -32,7 +32,7 @@ namespace {
 
 // ---- sums: from the panel to registers and back ----
 
-// kVectors vectors for one channel and tap (r, s), `index` counting taps in the panel.
+// kVectors vectors for one channel and tap.
 template <class Isa, int kVectors>
 struct TapSums {
   using Vec = typename Isa::Vec;
@@ -255,17 +255,16 @@ struct Tile {
   static constexpr int kChannels = tile_channels<Isa, kVectors>();
   static constexpr int kWidth = kVectors * Isa::kLanes;
 
-  // Of a row or column of the block, those that meet the dense image with a tap: [begin, end).
+  // Of `count` rows or columns, those in [begin, end).
   struct Met {
     int begin, end;
-    ST_INLINE Met(int first, int dense, int count)
-        : begin(first < 0 ? -first : 0), end(dense - first < count ? dense - first : count) {}
+    ST_INLINE Met(int from, int to, int count) : begin(from > 0 ? from : 0), end(to < count ? to : count) {}
   };
 
   static ST_INLINE void pixels(const WeightsTileArgs& args, int r, int s, const float* values,
                                Vec (&acc)[kChannels * kVectors]) {
-    const Met rows(args.first_row + r, args.dense_rows, args.rows);
-    const Met columns(args.first_column + s, args.dense_columns, args.columns);
+    const Met rows(args.row_begin - r, args.row_end - r, args.rows);
+    const Met columns(args.column_begin - s, args.column_end - s, args.columns);
     const float* dense = args.dense + (r * args.tap_row + s + columns.begin) * kWidth;
     values += columns.begin * kChannels;
     for (int image = 0; image < args.images; ++image) {

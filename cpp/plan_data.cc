@@ -165,8 +165,8 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
   return best;
 }
 
-// So many tiles or a few more, a number that 2, 4, 8 threads share evenly. (Where there are fewer than six, run_data.cc
-// shares out features as well.)
+// So many tiles or a few more, a number that 2, 4, 8 threads share evenly. (Fewer than six are left to
+// DataPlan::shares.)
 int64_t shareable(int64_t tiles) {
   if (tiles < 6) return tiles;
   int64_t step = 2;
@@ -264,16 +264,23 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
 
 }  // namespace
 
-// Few tiles: several shares for each thread; if little is to be done with a value, only as many as keep all threads
-// busy, because each share scans the tile again.
+// Shares that threads take in equal numbers, and several each where that costs nothing: every share scans its tile
+// again, which takes as long as a multiply-add for each value.
 int64_t DataPlan::shares(int threads) const {
-  constexpr double kScans = 0.05;
-  const int64_t items = tiles(), enough = threads > 1 ? 3 * threads : 1;
-  if (items == 0) return 1;
-  int64_t balanced = 1;
-  while (items * balanced % threads != 0 && items * balanced < enough) ++balanced;
-  const int64_t several = std::min(ceil_div(enough, items), static_cast<int64_t>(kScans * value_work));
-  return std::min(blocks, std::max<int64_t>(1, several / balanced) * balanced);
+  constexpr double kScan = 1, kNothing = 1.02;
+  const int64_t items = tiles(), most = items > 0 && threads > 1 ? std::min(blocks, ceil_div(3 * threads, items)) : 1;
+  const auto cost = [&](int64_t shares) {
+    const double part = static_cast<double>(ceil_div(blocks, shares)) / static_cast<double>(blocks);
+    return static_cast<double>(ceil_div(items * shares, threads)) * (value_work * part + kScan);
+  };
+  int64_t best = 1;
+  for (int64_t s = 2; s <= most; ++s) {
+    if (cost(s) < cost(best)) best = s;
+  }
+  for (int64_t s = most; s > best; --s) {
+    if (cost(s) <= kNothing * cost(best)) return s;
+  }
+  return best;
 }
 
 int64_t DataPlan::input_row(int64_t y, int64_t r) const {
@@ -341,7 +348,8 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   // Where taps are many, writing is a small share of the work: by-passing the caches gained up to 8 % of it where there
   // is one multiply-add a cycle, and lost up to 7 % elsewhere.
   const bool single_fma = machine.single_fma(kernels.lanes);
-  // A small result of much input, walked in pairs, comes in bursts that its writes are waited for: 12 to 15 % lost.
+  // A small result of much input, walked in pairs, comes in bursts, and sweeps wait for writes past the caches: 12 to
+  // 15 % lost.
   const bool bursts = single_fma && !dense && density >= plan.pair_density && 4 * plan.features <= plan.channels;
   const bool streams = plan.pointwise ? !bursts : plan.packs && single_fma;
   plan.stream = streams && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;

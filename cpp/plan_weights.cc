@@ -141,7 +141,7 @@ int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
 
 int64_t balanced(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::max<int64_t>(1, most))); }
 
-// Blocks of at most `columns` columns whose dense block has at most `budget` positions.
+// Blocks of `columns` columns whose dense block has at most `budget` positions.
 void block_by(const WeightsPlan& plan, int64_t columns, int64_t budget, int64_t halo_rows, PixelClass& cls) {
   cls.pitch = cls.image_rows = 0;
   cls.block_columns = columns;
@@ -173,8 +173,8 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
     taps = std::max<int64_t>(taps, group.rows.taps * group.columns.taps);
   }
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it or non-zeros are few. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos
-  // and sums that stay in registers for longer.
+  // of it or non-zeros are few and touch it less. Tiles with several taps sweep it in order, from L2 as well, and gain
+  // from small halos and sums that stay in registers for longer.
   const bool few = halo_rows > 0 && density < kFew, high = halo_rows > 2;
   const TapGroup& first = cls.groups.front();
   const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
@@ -195,13 +195,13 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   const int64_t most_columns = std::clamp<int64_t>(budget / (halo_rows + 4), 8, 64);
   double least = 0;
   PixelClass best = cls;
-  for (int64_t pieces = ceil_div(cls.columns.count, most_columns);; ++pieces) {
-    const int64_t columns = ceil_div(cls.columns.count, pieces);
-    if (best.block_columns != 0 && columns < 8) break;
+  for (int64_t columns = balanced(cls.columns.count, most_columns);;) {
     block_by(plan, columns, budget, halo_rows, cls);
     const double positions = static_cast<double>((cls.block_images * cls.image_rows + halo_rows) * cls.pitch);
     const double cost = (moves + copy * positions) * static_cast<double>(cls.blocks[0] * cls.blocks[1] * cls.blocks[2]);
     if (best.block_columns == 0 || cost < 0.97 * least) best = cls, least = cost;
+    if (columns <= 8) break;
+    columns = balanced(cls.columns.count, columns - 1);
   }
   cls = best;
 }
@@ -230,11 +230,24 @@ struct Part {
   }
 };
 
-// The pixels rows x columns of a class. No groups if they meet padding only.
-PixelClass part_of(const PixelClass& whole, const Part& rows, const Part& columns, const WeightsMachine& machine) {
-  PixelClass part{};
-  part.rows = rows.of(whole.rows);
-  part.columns = columns.of(whole.columns);
+// What a class becomes without its borders: fewer pixels, all taps.
+PixelClass inner_of(const PixelClass& whole, const Part& rows, const Part& columns) {
+  PixelClass inner = whole;
+  inner.rows = rows.of(whole.rows);
+  inner.columns = columns.of(whole.columns);
+  for (TapGroup& group : inner.groups) {
+    group.rows.offset += rows.begin;
+    group.columns.offset += columns.begin;
+  }
+  return inner;
+}
+
+// The pixels rows x columns of a class with the taps that any of them meets, or a few more. No groups if there are
+// none.
+PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& columns, const WeightsMachine& machine) {
+  PixelClass border{};
+  border.rows = rows.of(whole.rows);
+  border.columns = columns.of(whole.columns);
   for (const TapGroup& group : whole.groups) {
     int top = rows.first(group.rows), bottom = rows.last(group.rows);
     int left = columns.first(group.columns), right = columns.last(group.columns);
@@ -256,9 +269,9 @@ PixelClass part_of(const PixelClass& whole, const Part& rows, const Part& column
     taps.rows = rows.of(group.rows, top, bottom);
     taps.columns = columns.of(group.columns, left, right);
     taps.place.first = top * group.columns.taps + left;
-    part.groups.push_back(taps);
+    border.groups.push_back(taps);
   }
-  return part;
+  return border;
 }
 
 // Pixels at either end of an axis that meet padding with some taps.
@@ -306,9 +319,9 @@ void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& 
     const Part rows{top, cls.rows.count - bottom};
     const Part columns = and_columns ? Part{left, cls.columns.count - right} : all_columns;
     if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
-    PixelClass inner = part_of(cls, rows, columns, machine);
+    PixelClass inner = inner_of(cls, rows, columns);
     const auto add = [&](const Part& border_rows, const Part& border_columns) {
-      const PixelClass border = part_of(cls, border_rows, border_columns, machine);
+      const PixelClass border = border_of(cls, border_rows, border_columns, machine);
       if (!border.groups.empty()) inner.borders.push_back(border);
     };
     for (int64_t y = 0; y < cls.rows.count; ++y) {
@@ -395,7 +408,9 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
     }
   }
   int taps = 1;
-  bool threes = plan.channels >= 4 * plan.lanes;  // fewer are cut unevenly
+  // Cuts of channels are coarser then, and few channels need none only where pixels are cut instead.
+  const bool many_pixels = shape.n * shape.h * shape.w >= 8 * kChunkPixels;
+  bool threes = plan.channels >= (many_pixels ? 4 : 12) * plan.lanes;
   bool twos = false;
   for (const PixelClass& cls : plan.classes) {
     for (const TapGroup& group : cls.groups) {
@@ -416,6 +431,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
 // L2; every cut repeats packing (along features) or copying (along channels).
 void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
   int64_t taps = 1, all_taps = 0, positions = 64, pixels = 0, blocks = 0, widest = 1;
+  bool borders = false;
   for (const PixelClass& cls : plan.classes) {
     int64_t class_taps = 0;
     for (const TapGroup& group : cls.groups) {
@@ -425,6 +441,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
     taps = std::max(taps, class_taps);
     for_parts(cls, [&positions](const PixelClass& part) { positions = std::max(positions, part.positions); });
     blocks = std::max(blocks, cls.block_count());
+    borders = borders || !cls.borders.empty();
     pixels = std::max(pixels, plan.shape.n * cls.rows.count * cls.columns.count);
     all_taps += class_taps;
   }
@@ -436,7 +453,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
   plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
   const int64_t panel = machine.caches.l2_bytes * 4;
   plan.feature_block = round_up(plan.features, width);
-  if (blocks > 1 || !plan.lhs_checked) {  // else the first block's sums go straight to drhs
+  if (blocks > 1 || borders || !plan.lhs_checked) {  // else the first block's sums go straight to drhs
     const int64_t most =
         std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
     plan.feature_block = round_up(balanced(plan.features, most), width);

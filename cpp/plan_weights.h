@@ -68,7 +68,7 @@ struct PixelClass {
   int64_t image_rows;  // rows of positions between images of a block
   int64_t positions;   // of a block, a multiple of 64
   int64_t blocks[3];   // images, rows, columns
-  // Rows and columns of pixels that meet padding with some taps: walked apart, with the other taps only. They add to
+  // Rows and columns of pixels that meet padding with some taps: walked apart, without (most of) these. They add to
   // the sums of this class, which has the pixels in between.
   std::vector<PixelClass> borders;
   int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }

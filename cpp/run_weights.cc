@@ -17,6 +17,8 @@ constexpr ptrdiff_t kLinePad = 16;  // floats between lines of values, so that l
 int log2_of(int vectors) { return __builtin_ctz(static_cast<unsigned>(vectors)); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// For bounds that nothing reaches.
+int clamped(int64_t a) { return static_cast<int>(std::clamp<int64_t>(a, -(1 << 30), 1 << 30)); }
 
 struct Image {
   ConstTensor values;
@@ -383,10 +385,10 @@ class WeightsRun {
                                group.rows.taps,
                                group.columns.taps,
                                part.pitch,
-                               static_cast<int>(block.row + group.rows.offset),
-                               static_cast<int>(group.rows.count),
-                               static_cast<int>(block.column + group.columns.offset),
-                               static_cast<int>(group.columns.count),
+                               clamped(-block.row - group.rows.offset),
+                               clamped(group.rows.count - block.row - group.rows.offset),
+                               clamped(-block.column - group.columns.offset),
+                               clamped(group.columns.count - block.column - group.columns.offset),
                                panel,
                                {next_dense, next_checked}});
         });
