@@ -98,13 +98,18 @@ int widest_step(int rows, int columns, int64_t features, const WeightsMachine& m
   return paired * rows * columns >= 6 ? paired : widest;
 }
 
+void add_group(const TapAxis& rows, const TapAxis& columns, int vectors, bool lists, std::vector<TapGroup>& groups) {
+  const TapPlace place = {static_cast<int>(groups.size()), rows.taps * columns.taps, columns.taps, 0};
+  groups.push_back({rows, columns, vectors, lists, place});
+}
+
 // Taps that walk single channels only are cut once more where pairs are worth it.
 void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double density, int64_t features,
                 const WeightsMachine& machine, std::vector<TapGroup>& groups) {
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
     const int vectors = features > 2 * lanes ? 4 : features > lanes ? 2 : 1;
-    groups.push_back({rows, columns, vectors, false, {}});
+    add_group(rows, columns, vectors, false, groups);
     return;
   }
   const int max_columns = machine.registers >= 32 ? kMaxTapColumns : 5;
@@ -127,7 +132,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
         if (vectors == 8 && features >= 16 * lanes) vectors = 4;
         lists = vectors <= 4;
       }
-      groups.push_back({row_part, part, vectors, lists, {}});
+      add_group(row_part, part, vectors, lists, groups);
     }
   }
 }
@@ -198,19 +203,12 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   for (int64_t columns = balanced(cls.columns.count, most_columns);;) {
     block_by(plan, columns, budget, halo_rows, cls);
     const double positions = static_cast<double>((cls.block_images * cls.image_rows + halo_rows) * cls.pitch);
-    const double cost = (moves + copy * positions) * static_cast<double>(cls.blocks[0] * cls.blocks[1] * cls.blocks[2]);
+    const double cost = (moves + copy * positions) * static_cast<double>(cls.block_count());
     if (best.block_columns == 0 || cost < 0.97 * least) best = cls, least = cost;
     if (columns <= 8) break;
     columns = balanced(cls.columns.count, columns - 1);
   }
   cls = best;
-}
-
-// Calls f for a class and each of its borders.
-template <class F>
-void for_parts(const PixelClass& cls, F&& f) {
-  f(cls);
-  for (const PixelClass& border : cls.borders) f(border);
 }
 
 // Pixels [begin, end) of a class along an axis, and those of a run of taps that any of them meets outside of padding.
@@ -293,7 +291,7 @@ double walk_cost(const WeightsPlan& plan, double density, const WeightsMachine& 
   const double copy = costs_of(machine).copy;
   const double channels = static_cast<double>(plan.channels);
   double cost = 0;
-  for_parts(cls, [&](const PixelClass& part) {
+  cls.for_parts([&](const PixelClass& part) {
     const double pixels = static_cast<double>(plan.shape.n * part.rows.count * part.columns.count);
     for (const TapGroup& group : part.groups) {
       const int taps = group.rows.taps * group.columns.taps;
@@ -372,7 +370,7 @@ double estimate(const WeightsPlan& plan, double density, const WeightsMachine& m
     }
     if (plan.sparse) cost += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
   };
-  for (const PixelClass& cls : plan.classes) for_parts(cls, add);
+  for (const PixelClass& cls : plan.classes) cls.for_parts(add);
   return cost;
 }
 
@@ -397,10 +395,6 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
         for (const TapAxis& column_taps : column.taps) {
           add_groups(row_taps, column_taps, sparse, density, plan.features, machine, cls.groups);
         }
-      }
-      for (size_t i = 0; i < cls.groups.size(); ++i) {
-        const int row = cls.groups[i].columns.taps;
-        cls.groups[i].place = {static_cast<int>(i), cls.groups[i].rows.taps * row, row, 0};
       }
       block_pixels(plan, density, machine, cls);
       if (sparse) cut_borders(plan, density, machine, cls);
@@ -439,7 +433,7 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
       widest = std::max<int64_t>(widest, group.vectors);
     }
     taps = std::max(taps, class_taps);
-    for_parts(cls, [&positions](const PixelClass& part) { positions = std::max(positions, part.positions); });
+    cls.for_parts([&positions](const PixelClass& part) { positions = std::max(positions, part.positions); });
     blocks = std::max(blocks, cls.block_count());
     borders = borders || !cls.borders.empty();
     pixels = std::max(pixels, plan.shape.n * cls.rows.count * cls.columns.count);
@@ -557,7 +551,7 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
               std::to_string(group.vectors * plan.lanes);
   }
   add("tap_groups", groups);
-  // The density of the checked operand at which walks and tiles cost the same; costs are linear in it.
+  // The density of the checked operand at which walks and tiles cost the same; costs are linear in it but for borders.
   const auto sparse_cost = [&](double density) {
     return plan_weights(shape, Mode::kSparse, plan.lhs_checked ? Densities{density, 1} : Densities{1, density}, machine)
         .sparse_cost;

@@ -72,6 +72,12 @@ struct PixelClass {
   // the sums of this class, which has the pixels in between.
   std::vector<PixelClass> borders;
   int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
+  // Calls f for the class and each of its borders.
+  template <class F>
+  void for_parts(F&& f) const {
+    f(*this);
+    for (const PixelClass& border : borders) f(border);
+  }
 };
 
 // Densities (fraction of non-zeros) of the operands, measured or assumed.

@@ -801,7 +801,8 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                   plan.stream && aligned && result.dtype == DType::kF32};
 
   Executor& threads = helpers_unless(plan.serial, executor);
-  const int64_t concurrency = threads.concurrency(), groups = plan.shares(threads.concurrency());
+  const int concurrency = threads.concurrency();
+  const int64_t groups = plan.shares(concurrency);
   run_phases(
       threads,
       {

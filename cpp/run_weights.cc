@@ -221,8 +221,7 @@ class WeightsRun {
       }
     };
     for (const PixelClass& cls : plan_.classes) {
-      fit(cls);
-      for (const PixelClass& border : cls.borders) fit(border);
+      cls.for_parts(fit);
       const int64_t floats = panel_floats(plan_, cls, item);
       item_floats_ += floats;
       panel_floats_ = std::max(panel_floats_, floats);
@@ -300,8 +299,11 @@ class WeightsRun {
     const bool starts = !blocks.empty() && blocks.front().part == &cls;
     if (!starts) std::memset(scratch.panel, 0, panel_floats(plan_, cls, item) * sizeof(float));
     if (blocks.empty()) return;
+    const auto point_at_first = [&](const Place& to, PixelTable& table) {
+      point_at_dense(*to.part, to.part->groups[0], to.index, scratch, table);
+    };
     point_at_checked(*blocks[0].part, blocks[0].index, item, scratch, scratch.checked[0]);
-    point_at_dense(*blocks[0].part, blocks[0].part->groups[0], blocks[0].index, scratch, scratch.dense[0]);
+    point_at_first(blocks[0], scratch.dense[0]);
     for (size_t b = 0; b < blocks.size(); ++b) {
       const PixelClass& part = *blocks[b].part;
       const Block block = block_of(plan_, part, blocks[b].index);
@@ -311,9 +313,7 @@ class WeightsRun {
       scratch.checked[1].count = 0;
       if (!last) point_at_checked(*next_block.part, next_block.index, item, scratch, scratch.checked[1]);
       if (!any && !first_block && !(direct() && last)) {  // nothing to add, nothing to start or to store
-        if (!last) {
-          point_at_dense(*next_block.part, next_block.part->groups[0], next_block.index, scratch, scratch.dense[0]);
-        }
+        if (!last) point_at_first(next_block, scratch.dense[0]);
         std::swap(scratch.checked[0], scratch.checked[1]);
         continue;
       }
@@ -329,7 +329,7 @@ class WeightsRun {
         if (i + 1 < part.groups.size()) {
           point_at_dense(part, part.groups[i + 1], blocks[b].index, scratch, scratch.dense[1]);
         } else if (!last) {
-          point_at_dense(*next_block.part, next_block.part->groups[0], next_block.index, scratch, scratch.dense[1]);
+          point_at_first(next_block, scratch.dense[1]);
         }
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
           const int width = vectors * plan_.lanes;
