@@ -32,6 +32,7 @@ std::vector<const Kernels*> usable_kernels() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512vbmi2")) list.push_back(&kKernelsAvx512Vbmi2);
     list.push_back(&kKernelsAvx512);
   }
   if (avx2) list.push_back(&kKernelsAvx2);
@@ -60,7 +61,7 @@ int64_t cache_bytes(int index, int name, int64_t fallback) {
 // that as many multiply-adds take.
 int measure_fmas() {
 #if defined(__x86_64__)
-  if (usable_kernels().front() != &kKernelsAvx512) return 2;
+  if (usable_kernels().front()->lanes != kKernelsAvx512.lanes) return 2;
   const auto seconds = [](const Kernels& k) {
     const auto start = std::chrono::steady_clock::now();
     k.data.fma_burst(1000);

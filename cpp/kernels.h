@@ -170,18 +170,20 @@ struct WeightsPackArgs {
   uint64_t* masks;  // [channel][positions / 64]
 };
 
+constexpr int kPackPixels = 16;
 // Leaves the non-zeros alone instead: a line of values per channel, a list of their positions, and their number. For
 // walks of single channels with lists.
 struct WeightsPackListsArgs {
-  const void* const* pixels;  // as above
-  int positions;
+  const void* const* pixels;  // as above, but none for positions between rows
+  const uint16_t* positions;  // of each pixel
+  int count;                  // of pixels, a multiple of kPackPixels
   int channels;
-  float* values;  // [channel][value_pitch], value_pitch >= positions + 16, for channels rounded up to lanes
+  float* values;  // [channel][value_pitch], value_pitch >= count + 16, for channels rounded up to lanes
   ptrdiff_t value_pitch;
-  const uint16_t* positions_from_0;  // 0, 1, 2, ...
-  uint16_t* lists;                   // [channel][list_pitch], list_pitch >= positions + 16
+  uint16_t* lists;  // [channel][list_pitch], list_pitch >= count + 16
   ptrdiff_t list_pitch;
   uint16_t* counts;  // [channel]
+  bool apart;        // lines of neighbouring pixels have places of their own in L1
 };
 
 // Copies `features` of the pixels of the dense operand to [position][width]; the rest of width is zero.
@@ -229,9 +231,10 @@ struct WeightsListArgs {
   int together;
   const uint16_t* positions;  // 0, 1, 2, ...: of all words
   uint16_t* lists;            // [channel / together][list_pitch]
-  ptrdiff_t list_pitch;       // >= 64 * words + 16
+  ptrdiff_t list_pitch;       // >= 64 * words + kListPad
   uint16_t* counts;           // [channel / together][2^together - 1]
 };
+constexpr int kListPad = 32;  // what a list may be overrun by while it is written
 constexpr int kMaxTogether = 3;
 constexpr int list_set(int index) { return (index + 1) ^ (index + 1) >> 1; }
 
@@ -289,6 +292,13 @@ struct WeightsTransposeArgs {
   ptrdiff_t out_pitch;
 };
 
+// Adds the sums of all parts, `pitch` floats apart, to those of the first, in order. `count` is a multiple of lanes.
+struct WeightsAddArgs {
+  float* sums;
+  ptrdiff_t pitch;
+  int64_t parts, count;
+};
+
 struct WeightsKernels {
   int64_t (*count_nonzero[kDTypes])(const void* values, int64_t count);
   int64_t (*pack[kDTypes])(const WeightsPackArgs&);             // returns the number of non-zeros
@@ -299,6 +309,7 @@ struct WeightsKernels {
   void (*group[kDTypes][kVectorChoices])(const WeightsGroupArgs&);                            // null beyond 4 vectors
   void (*tile[kVectorChoices])(const WeightsTileArgs&);
   int tile_channels[kVectorChoices];
+  void (*add)(const WeightsAddArgs&);
   void (*transpose[kDTypes])(const WeightsTransposeArgs&);
 };
 
@@ -420,6 +431,7 @@ extern const Kernels kKernelsPortable;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+extern const Kernels kKernelsAvx512Vbmi2;
 #endif
 
 }  // namespace sparsetrain

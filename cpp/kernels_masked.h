@@ -30,7 +30,6 @@ namespace {
 template <class Isa, class T>
 void masked_lists(const MaskedListArgs& args) {
   constexpr int kLanes = Isa::kLanes;
-  constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
   for (int c = 0; c < args.channels + kLanes - 1; ++c) args.counts[c] = 0;
   // All channels of 64 pixels in turn: a pixel's lines follow each other.
   for (int w = 0; w < args.words; ++w) {
@@ -50,17 +49,11 @@ void masked_lists(const MaskedListArgs& args) {
       }
       uint64_t of_channel[kLanes];
       Isa::transpose_bits(of_slot, of_channel);
-      typename Isa::U16 positions[64 / kLanes];
-      for (int i = 0; i < 64 / kLanes; ++i) positions[i] = Isa::load_u16(args.positions + 64 * w + i * kLanes);
       for (int c = 0; c < kLanes; ++c) {
         args.masks[static_cast<ptrdiff_t>(first + c) * args.words + w] = of_channel[c];
         uint16_t* list = args.lists + static_cast<ptrdiff_t>(first + c) * args.capacity;
         int count = args.counts[first + c];
-        for (int i = 0; i < 64 / kLanes; ++i) {
-          const uint32_t mask = static_cast<uint32_t>(of_channel[c] >> i * kLanes) & kLaneBits;
-          Isa::compress_u16(list + count, mask, positions[i]);
-          count += __builtin_popcount(mask);
-        }
+        count += list_word<Isa>(list + count, of_channel[c], args.positions + 64 * w);
         std::memset(list + count, 0, 4 * sizeof(uint16_t));
         args.counts[first + c] = static_cast<uint16_t>(count);
       }

@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -342,10 +343,14 @@ int64_t weights_count_nonzero(const void* from, int64_t count) {
   return nonzeros;
 }
 
-// The loads and the transposition of kLanes positions of kLanes channels, of which `channels` exist.
-template <class Isa, class T>
+// The loads and the transposition of kLanes positions of kLanes channels, of which `channels` exist. kParts: each
+// position's line may be read several times.
+template <class Isa, class T, bool kParts>
 ST_INLINE void load_transposed(const void* const* pixels, int first, int channels,
                                typename Isa::Vec (&v)[Isa::kLanes]) {
+  if constexpr (kParts && Isa::kLoadsColumns && std::is_same_v<T, float>) {
+    if (channels == Isa::kLanes) return Isa::load_columns(pixels, static_cast<size_t>(first), v);
+  }
   unroll<Isa::kLanes>([&](auto i) ST_LAMBDA {
     const T* from = static_cast<const T*>(pixels[i]) + first;
     v[i] = channels == Isa::kLanes ? Isa::load(from) : Isa::load_n(from, channels);
@@ -365,7 +370,7 @@ struct Pack {
     unroll<kLanes>([&](auto c) ST_LAMBDA { mask[c] = 0; });
     for (int p = 0; p < 64; p += kLanes) {
       Vec v[kLanes];
-      load_transposed<Isa, T>(pixels + p, first, channels, v);
+      load_transposed<Isa, T, false>(pixels + p, first, channels, v);
       unroll<kLanes>([&](auto c) ST_LAMBDA {
         Isa::store(values + c * value_pitch + p, v[c]);
         mask[c] |= static_cast<uint64_t>(Isa::nonzero(v[c])) << p;
@@ -394,38 +399,51 @@ struct Pack {
   }
 };
 
-template <class Isa, class T>
-int64_t weights_pack_lists(const WeightsPackListsArgs& args) {
+// The lists of kLanes channels from `first` on. kNear: L1 holds the lines of twice kLanes pixels.
+template <class Isa, class T, bool kNear>
+ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first) {
   constexpr int kLanes = Isa::kLanes;
-  for (int c = 0; c < args.channels; ++c) args.counts[c] = 0;
-  // All channels of a few positions in turn: a pixel's lines follow each other.
-  constexpr int kStep = 64;
-  for (int begin = 0; begin < args.positions; begin += kStep) {
-    for (int first = 0; first < args.channels; first += kLanes) {
-      const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
-      for (int p = begin; p < begin + kStep; p += kLanes) {
-        typename Isa::Vec v[kLanes];
-        load_transposed<Isa, T>(args.pixels + p, first, channels, v);
-        const typename Isa::U16 positions = Isa::load_u16(args.positions_from_0 + p);
-        unroll<kLanes>([&](auto c) ST_LAMBDA {
-          if (c >= channels) return;
-          uint16_t* count = args.counts + first + c;
-          const uint32_t mask = Isa::nonzero(v[c]);
-          Isa::compress(args.values + (first + c) * args.value_pitch + *count, mask, v[c]);
-          Isa::compress_u16(args.lists + (first + c) * args.list_pitch + *count, mask, positions);
-          *count = static_cast<uint16_t>(*count + __builtin_popcount(mask));
-        });
-      }
+  const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
+  float* values = args.values + first * args.value_pitch;
+  uint16_t* lists = args.lists + first * args.list_pitch;
+  int counts[kLanes] = {};
+  for (int p = 0; p < args.count; p += kLanes) {
+    typename Isa::Vec v[kLanes];
+    if constexpr (kNear) {
+      const int next = p + kLanes < args.count ? p + kLanes : p;
+      unroll<kLanes>([&](auto i)
+                         ST_LAMBDA { __builtin_prefetch(static_cast<const T*>(args.pixels[next + i]) + first, 0, 3); });
     }
+    load_transposed<Isa, T, kNear>(args.pixels + p, first, channels, v);
+    const typename Isa::U16 positions = Isa::load_u16(args.positions + p);
+    unroll<kLanes>([&](auto c) ST_LAMBDA {
+      if (c >= channels) return;
+      const uint32_t mask = Isa::nonzero(v[c]);
+      Isa::compress(values + c * args.value_pitch + counts[c], mask, v[c]);
+      Isa::compress_u16(lists + c * args.list_pitch + counts[c], mask, positions);
+      counts[c] += __builtin_popcount(mask);
+    });
   }
   int64_t nonzeros = 0;
-  for (int c = 0; c < args.channels; ++c) nonzeros += args.counts[c];
+  for (int c = 0; c < channels; ++c) {
+    args.counts[first + c] = static_cast<uint16_t>(counts[c]);
+    nonzeros += counts[c];
+  }
+  return nonzeros;
+}
+
+template <class Isa, class T>
+int64_t weights_pack_lists(const WeightsPackListsArgs& args) {
+  int64_t nonzeros = 0;
+  for (int first = 0; first < args.channels; first += Isa::kLanes) {
+    nonzeros += args.apart ? pack_list_lanes<Isa, T, true>(args, first) : pack_list_lanes<Isa, T, false>(args, first);
+  }
   return nonzeros;
 }
 
 template <class Isa, int kTogether>
 void weights_list(const WeightsListArgs& args) {
-  constexpr uint32_t kLaneBits = (1u << Isa::kLanes) - 1;
+  static_assert(Isa::kListLanes <= kListPad);
   const uint64_t* masks = args.masks;
   uint16_t *lists = args.lists, *counts = args.counts;
   for (int c = 0; c < args.channels; c += kTogether, masks += kTogether * args.words, lists += args.list_pitch) {
@@ -437,11 +455,7 @@ void weights_list(const WeightsListArgs& args) {
         unroll<kTogether>([&](auto j) ST_LAMBDA {
           mask &= (list_set(index) >> j & 1) != 0 ? masks[j * args.words + w] : ~masks[j * args.words + w];
         });
-        for (int i = 0; i < 64; i += Isa::kLanes) {
-          const uint32_t lanes = static_cast<uint32_t>(mask >> i) & kLaneBits;
-          Isa::compress_u16(list, lanes, Isa::load_u16(args.positions + 64 * w + i));
-          list += __builtin_popcount(lanes);
-        }
+        list += list_word<Isa>(list, mask, args.positions + 64 * w);
       }
       *counts++ = static_cast<uint16_t>(list - begin);
     });
@@ -468,6 +482,16 @@ void weights_copy(const WeightsCopyArgs& args) {
       f += kLanes;
     }
     for (; f < args.width; f += kLanes) Isa::store(to + f, Isa::zero());
+  }
+}
+
+template <class Isa>
+void weights_add(const WeightsAddArgs& args) {
+  for (int64_t i = 0; i < args.count; i += Isa::kLanes) {
+    float* sums = args.sums + i;
+    typename Isa::Vec sum = Isa::load(sums);
+    for (int64_t part = 1; part < args.parts; ++part) sum = Isa::add(sum, Isa::load(sums + part * args.pitch));
+    Isa::store(sums, sum);
   }
 }
 
@@ -532,6 +556,7 @@ constexpr WeightsKernels weights_kernels() {
   offer_moves<Isa, Bf16>(table);
   offer_moves<Isa, F16>(table);
   table.list = weights_list_together<Isa>;
+  table.add = weights_add<Isa>;
   offer_walk<Isa, 1, 1, 0>(table);
   offer_tile<Isa, 0>(table);
   offer_tile<Isa, 1>(table);

@@ -1,6 +1,7 @@
 // BWW: runs a WeightsPlan. kernels_weights.h has the algorithm, plan_weights.h the blocking.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "conv.h"
@@ -82,11 +83,12 @@ int64_t panel_floats(const WeightsPlan& plan, const PixelClass& cls, const Item&
   return panel_floats(plan, cls, item, cls.groups.size());
 }
 
-// Pointers to the pixels of a block, position by position; positions without a pixel point to zeros.
+// Pointers to the pixels of a block: position by position, where those without a pixel point to zeros; or one by one.
 struct PixelTable {
   const void** pixels;
   int64_t count;
-  char* windows;  // those of a folded image that reach into the padding
+  char* windows;        // those of a folded image that reach into the padding
+  uint16_t* positions;  // of pixels one by one, for lists
 };
 
 // Points `to` at `count` pixels of a row of an image, `step` apart, at their channel `channel`.
@@ -187,22 +189,24 @@ class WeightsRun {
       const int64_t taps = group.rows.taps * group.columns.taps;
       for_steps(plan_, group, item, offset, [&](int64_t, int, int vectors, int64_t sums) {
         const int64_t channel = taps * vectors * plan_.lanes;
-        float* to = panel + sums + begin * channel;
-        for (int64_t chunk = 1; chunk < plan_.chunks; ++chunk) {
-          const float* more = to + chunk * chunk_floats();
-          for (int64_t i = 0; i < (end - begin) * channel; ++i) to[i] += more[i];
-        }
+        table_.add({panel + sums + begin * channel, chunk_floats(), plan_.chunks, (end - begin) * channel});
       });
     }
     store(cls, item, panel, begin, end);
   }
 
  private:
+  // What walks read: masks; lists, beside masks for those that do not; lists of packed values.
+  enum class Lists { kNone, kAll, kPacked };
+
   static constexpr int64_t kSliceChannels = 32;
   int64_t slices() const { return ceil_div(plan_.channel_block, kSliceChannels); }
   int64_t chunk_floats() const { return items() / plan_.chunks * item_floats_; }
 
-  ptrdiff_t list_pitch() const { return positions_ + kLinePad; }
+  // Pixels that are multiples of half an L1 page apart share sets of it: sixteen of their lines do not stay there.
+  bool lines_apart() const { return checked_.channels * size_ % 2048 != 0; }
+
+  ptrdiff_t list_pitch() const { return positions_ + kListPad; }
 
   // The last walk of a panel writes drhs itself; sums are narrowed when they are complete.
   bool direct() const { return plan_.lhs_checked && plan_.chunks == 1 && drhs_.dtype == DType::kF32; }
@@ -236,16 +240,17 @@ class WeightsRun {
     Scratch& scratch = Scratch::local();
     scratch.begin(2 * Scratch::size<void*>(positions_) + 2 * Scratch::size<void*>(dense_positions_) +
                   2 * Scratch::size<char>(checked_windows_) + 2 * Scratch::size<char>(dense_windows_) +
-                  Scratch::size<float>(zeros) + Scratch::size<float>(values) + Scratch::size<uint64_t>(lines * words) +
-                  Scratch::size<uint16_t>(lines * list_pitch()) + Scratch::size<uint16_t>(3 * lines) +
-                  Scratch::size<uint16_t>(positions_) + Scratch::size<float>(copy_floats_) +
-                  Scratch::size<float>(panel_floats_));
+                  2 * Scratch::size<uint16_t>(positions_) + Scratch::size<float>(zeros) + Scratch::size<float>(values) +
+                  Scratch::size<uint64_t>(lines * words) + Scratch::size<uint16_t>(lines * list_pitch()) +
+                  Scratch::size<uint16_t>(3 * lines) + Scratch::size<uint16_t>(positions_) +
+                  Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
     ItemScratch s;
     for (PixelTable& table : s.checked) {
-      table = {scratch.take<const void*>(positions_), 0, scratch.take<char>(checked_windows_)};
+      table = {scratch.take<const void*>(positions_), 0, scratch.take<char>(checked_windows_),
+               scratch.take<uint16_t>(positions_)};
     }
     for (PixelTable& table : s.dense) {
-      table = {scratch.take<const void*>(dense_positions_), 0, scratch.take<char>(dense_windows_)};
+      table = {scratch.take<const void*>(dense_positions_), 0, scratch.take<char>(dense_windows_), nullptr};
     }
     s.zeros = scratch.take<float>(zeros);
     s.values = scratch.take<float>(values);
@@ -302,7 +307,7 @@ class WeightsRun {
     const auto point_at_first = [&](const Place& to, PixelTable& table) {
       point_at_dense(*to.part, to.part->groups[0], to.index, scratch, table);
     };
-    point_at_checked(*blocks[0].part, blocks[0].index, item, scratch, scratch.checked[0]);
+    point_at_checked(*blocks[0].part, blocks[0].index, item, lists, scratch, scratch.checked[0]);
     point_at_first(blocks[0], scratch.dense[0]);
     for (size_t b = 0; b < blocks.size(); ++b) {
       const PixelClass& part = *blocks[b].part;
@@ -311,7 +316,7 @@ class WeightsRun {
       const Place next_block = last ? Place{} : blocks[b + 1];
       const bool any = !plan_.sparse || pack(item, lists, scratch) != 0;
       scratch.checked[1].count = 0;
-      if (!last) point_at_checked(*next_block.part, next_block.index, item, scratch, scratch.checked[1]);
+      if (!last) point_at_checked(*next_block.part, next_block.index, item, lists, scratch, scratch.checked[1]);
       if (!any && !first_block && !(direct() && last)) {  // nothing to add, nothing to start or to store
         if (!last) point_at_first(next_block, scratch.dense[0]);
         std::swap(scratch.checked[0], scratch.checked[1]);
@@ -398,23 +403,33 @@ class WeightsRun {
     }
   }
 
-  // The pixels of a block of the checked operand: for walks at their positions, for tiles without gaps.
-  void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, const ItemScratch& scratch,
+  // The pixels of a block of the checked operand: for masks position by position; one by one for lists of packed
+  // values, up to whole vectors, and for tiles.
+  void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, Lists lists, const ItemScratch& scratch,
                         PixelTable& table) const {
     const Block block = block_of(plan_, cls, index);
     char* windows = table.windows;
     table.count = 0;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
-    const int64_t pitch = plan_.sparse ? cls.pitch : block.columns;
-    const int64_t image_rows = plan_.sparse ? cls.image_rows : block.rows;
+    const bool gaps = plan_.sparse && lists != Lists::kPacked;
+    const int64_t pitch = gaps ? cls.pitch : block.columns;
+    const int64_t image_rows = gaps ? cls.image_rows : block.rows;
     table.count = ((block.images - 1) * image_rows + block.rows - 1) * pitch + block.columns;
-    if (plan_.sparse) std::fill_n(table.pixels, round_up(table.count, 64), scratch.zeros);
+    if (gaps) std::fill_n(table.pixels, round_up(table.count, 64), scratch.zeros);
+    if (lists == Lists::kPacked) {
+      const int64_t count = round_up(table.count, kPackPixels);
+      std::fill(table.pixels + table.count, table.pixels + count, scratch.zeros);
+      std::fill(table.positions + table.count, table.positions + count, uint16_t{0});
+    }
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = 0; row < block.rows; ++row) {
         const void** to = table.pixels + (image * image_rows + row) * pitch;
         point_at_row(checked_, block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
                      cls.columns.start + block.column * cls.columns.step, cls.columns.step, block.columns, item.channel,
                      to, windows);
+        if (lists != Lists::kPacked) continue;
+        std::iota(table.positions + (to - table.pixels), table.positions + (to - table.pixels) + block.columns,
+                  static_cast<uint16_t>((image * cls.image_rows + row) * cls.pitch));
       }
     }
   }
@@ -445,16 +460,14 @@ class WeightsRun {
     }
   }
 
-  // What walks read: masks; lists, beside masks for those that do not; lists of packed values.
-  enum class Lists { kNone, kAll, kPacked };
-
   // Packs a block for walks. Returns the number of non-zeros.
   int64_t pack(const Item& item, Lists lists, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
     if (lists == Lists::kPacked) {
-      return table_.pack_lists[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.positions,
-                                        scratch.lists, list_pitch(), scratch.counts});
+      return table_.pack_lists[dtype_]({table.pixels, table.positions,
+                                        static_cast<int>(round_up(table.count, kPackPixels)), channels, scratch.values,
+                                        line_, scratch.lists, list_pitch(), scratch.counts, lines_apart()});
     }
     const int64_t nonzeros =
         table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});

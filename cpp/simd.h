@@ -33,6 +33,19 @@ ST_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, N>{});
 }
 
+// Appends those of 64 integers that a word names to a list, and up to kListLanes of garbage. Returns how many.
+template <class Isa>
+ST_INLINE int list_word(uint16_t* list, uint64_t word, const uint16_t* integers) {
+  constexpr uint64_t kLaneBits = (uint64_t{1} << Isa::kListLanes) - 1;
+  const uint16_t* begin = list;
+  for (int i = 0; i < 64; i += Isa::kListLanes) {
+    const uint64_t lanes = word >> i & kLaneBits;
+    Isa::compress_list(list, lanes, integers + i);
+    list += __builtin_popcountll(lanes);
+  }
+  return static_cast<int>(list - begin);
+}
+
 // Packed values one after another, each in all lanes.
 template <class Isa>
 struct Values {

@@ -38,6 +38,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
   static constexpr bool kTakes = false;
+  static constexpr bool kLoadsColumns = false;
   using Vec = __m256;
 
   static ST_INLINE Vec zero() { return _mm256_setzero_ps(); }
@@ -99,6 +100,10 @@ struct Avx2 {
   static ST_INLINE void compress_u16(uint16_t* p, uint32_t mask, U16 src) {
     const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kLaneTables.compress_u16[mask]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(src, bytes));
+  }
+  static constexpr int kListLanes = kLanes;
+  static ST_INLINE void compress_list(uint16_t* p, uint64_t mask, const uint16_t* from) {
+    compress_u16(p, static_cast<uint32_t>(mask), load_u16(from));
   }
   static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
     // Bytes of 32 masks each, whose sign bits are collected eight times.

@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kRegisters = 32;
   static constexpr bool kTakes = true;
+  static constexpr bool kLoadsColumns = true;
   using Vec = __m512;
 
   static ST_INLINE Vec zero() { return _mm512_setzero_ps(); }
@@ -94,6 +95,10 @@ struct Avx512 {
     const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), src);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(packed));
   }
+  static constexpr int kListLanes = kLanes;
+  static ST_INLINE void compress_list(uint16_t* p, uint64_t mask, const uint16_t* from) {
+    compress_u16(p, static_cast<uint32_t>(mask), load_u16(from));
+  }
   static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
     const __m512i a = _mm512_loadu_si512(masks), b = _mm512_loadu_si512(masks + 32);
     const auto join = [](__m256i lo, __m256i hi)
@@ -109,6 +114,25 @@ struct Avx512 {
   }
   static ST_INLINE Vec expand(uint32_t mask, const float* p) {
     return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p));
+  }
+  // Quarters of four rows are put together as they are loaded.
+  static ST_INLINE void load_columns(const void* const* rows, size_t first, Vec (&r)[kLanes]) {
+    unroll<4>([&](auto quarter) ST_LAMBDA {
+      constexpr int j = 4 * quarter;
+      const auto part = [&](int row)
+                            ST_LAMBDA { return _mm_loadu_ps(static_cast<const float*>(rows[row]) + first + j); };
+      __m512 t[4];
+      unroll<4>([&](auto i) ST_LAMBDA {
+        const __m512 two = _mm512_insertf32x4(_mm512_castps128_ps512(part(i)), part(i + 4), 1);
+        t[i] = _mm512_insertf32x4(_mm512_insertf32x4(two, part(i + 8), 2), part(i + 12), 3);
+      });
+      const __m512 a = _mm512_unpacklo_ps(t[0], t[1]), b = _mm512_unpackhi_ps(t[0], t[1]);
+      const __m512 c = _mm512_unpacklo_ps(t[2], t[3]), d = _mm512_unpackhi_ps(t[2], t[3]);
+      r[j] = pairs_lo(a, c);
+      r[j + 1] = pairs_hi(a, c);
+      r[j + 2] = pairs_lo(b, d);
+      r[j + 3] = pairs_hi(b, d);
+    });
   }
   static ST_INLINE void transpose(Vec (&r)[kLanes]) {
     __m512 t[16];

@@ -14,9 +14,11 @@
 //   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage
 //   load_u16          kLanes 16-bit integers, as compress_u16 wants them
 //   compress_u16      compress for these
+//   compress_list     the same for kListLanes 16-bit integers in memory
 //   transpose_bits    words[i] bit j = masks[j] bit i, i < kLanes, j < 64
 //   expand            p[0..popcount) to the lanes named by mask, zero elsewhere; kLanes floats are read
 //   transpose         r[i][j] <-> r[j][i]
+//   load_columns      of float: r[i][j] = rows[j][first + i]. Only where kLoadsColumns
 #pragma once
 
 #include <cstdint>
@@ -84,6 +86,7 @@ struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 16;
   static constexpr bool kTakes = false;
+  static constexpr bool kLoadsColumns = false;
   typedef float Vec __attribute__((vector_size(16)));
 
   static ST_INLINE Vec zero() { return Vec{0, 0, 0, 0}; }
@@ -162,6 +165,10 @@ struct Portable {
       *p = src.v[i];
       p += mask >> i & 1;
     }
+  }
+  static constexpr int kListLanes = kLanes;
+  static ST_INLINE void compress_list(uint16_t* p, uint64_t mask, const uint16_t* from) {
+    compress_u16(p, static_cast<uint32_t>(mask), load_u16(from));
   }
   static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
     uint64_t w[kLanes] = {};

@@ -38,7 +38,7 @@ def custom_calls() -> list[str]:
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: ``"avx512"``, ``"avx2"`` or ``"portable"``."""
+    """The instruction set whose kernels run: ``"avx512_vbmi2"``, ``"avx512"``, ``"avx2"`` or ``"portable"``."""
     return _native.isa()
 
 
