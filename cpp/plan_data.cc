@@ -166,7 +166,7 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
 }
 
 // So many tiles or a few more, a number that 2, 4, 8 threads share evenly. (Fewer than six are left to
-// DataPlan::shares.)
+// DataPlan::share.)
 int64_t shareable(int64_t tiles) {
   if (tiles < 6) return tiles;
   int64_t step = 2;
@@ -263,25 +263,6 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
 }
 
 }  // namespace
-
-// Shares that threads take in equal numbers, and several each where that costs nothing: every share scans its tile
-// again, which takes as long as a multiply-add for each value.
-int64_t DataPlan::shares(int threads) const {
-  constexpr double kScan = 1, kNothing = 1.02;
-  const int64_t items = tiles(), most = items > 0 && threads > 1 ? std::min(blocks, ceil_div(3 * threads, items)) : 1;
-  const auto cost = [&](int64_t shares) {
-    const double part = static_cast<double>(ceil_div(blocks, shares)) / static_cast<double>(blocks);
-    return static_cast<double>(ceil_div(items * shares, threads)) * (value_work * part + kScan);
-  };
-  int64_t best = 1;
-  for (int64_t s = 2; s <= most; ++s) {
-    if (cost(s) < cost(best)) best = s;
-  }
-  for (int64_t s = most; s > best; --s) {
-    if (cost(s) <= kNothing * cost(best)) return s;
-  }
-  return best;
-}
 
 int64_t DataPlan::input_row(int64_t y, int64_t r) const {
   if (op == DataOp::kFwd) {
@@ -380,7 +361,7 @@ std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) 
   add("tile_rows", plan.tile_rows);
   add("tile_columns", plan.tile_columns);
   add("tiles", plan.tiles());
-  add("shares_of_two_threads", plan.shares(2));
+  add("share", plan.share(2));
   add("copy", plan.copy);
   add("packs", plan.packs);
   add("stream", plan.stream);

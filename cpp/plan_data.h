@@ -87,8 +87,8 @@ struct DataPlan {
   int64_t row_tiles() const { return (images * out_rows + tile_rows - 1) / tile_rows; }
   int64_t column_tiles() const { return (out_columns + tile_columns - 1) / tile_columns; }
   int64_t tiles() const { return row_tiles() * column_tiles(); }
-  // How many shares of the features a tile is divided into, each an item of work, for so many threads.
-  int64_t shares(int threads) const;
+  // Feature blocks of a tile that a thread takes at a time, of so many threads.
+  int64_t share(int threads) const { return threads > 1 ? (blocks + 7) / 8 : blocks; }
   // Input row under kernel row r for row y of the result; -1 when there is none.
   int64_t input_row(int64_t y, int64_t r) const;
   // Range of input rows that rows [y0, y1) of one image need.

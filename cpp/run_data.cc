@@ -1,5 +1,6 @@
 // Runs FWD and BWI over a DataPlan: packs the kernel, then tile by tile scans and sweeps.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -744,8 +745,54 @@ Range input_of(const DataPlan& plan, int64_t tile) {
   return {(n0 * plan.in_rows + y0) * pitch, (n1 * plan.in_rows + y1) * pitch};
 }
 
-// `next` is what this thread will probably read next of the input, elements; empty if unknown.
-void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range next) {
+// The tiles of a call, dealt out to its threads share by share. A thread keeps to a tile, of which it has found the
+// zeros. When all tiles have been begun it helps with one, however late or slow the others are.
+class TileQueue {
+ public:
+  TileQueue(const DataPlan& plan, int threads) : plan_(plan), share_(plan.share(threads)), taken_(plan.tiles()) {
+    for (std::atomic<int64_t>& taken : taken_) taken.store(0, std::memory_order_relaxed);
+  }
+
+  // The next share of a tile, empty when none is left.
+  Range take(int64_t tile) {
+    const int64_t begin = std::min(plan_.blocks, taken_[tile].fetch_add(share_, std::memory_order_relaxed));
+    return {begin, std::min(plan_.blocks, begin + share_)};
+  }
+
+  struct Share {
+    int64_t tile;
+    Range blocks;  // empty: all is done or in other hands
+  };
+  // The first share of a tile for a thread that has none.
+  Share begin() {
+    const int64_t tiles = plan_.tiles(), tile = begun_.fetch_add(1, std::memory_order_relaxed);
+    if (tile < tiles) {
+      const Range blocks = take(tile);
+      if (blocks.size() > 0) return {tile, blocks};
+    }
+    while (tiles > 0) {
+      const auto least = std::min_element(taken_.begin(), taken_.end(), [](const auto& a, const auto& b) {
+        return a.load(std::memory_order_relaxed) < b.load(std::memory_order_relaxed);
+      });
+      const double left = static_cast<double>(plan_.blocks - least->load(std::memory_order_relaxed));
+      // Finding the zeros again takes as long as a multiply-add for each value; half of what is left should take more.
+      if (left <= 0 || plan_.value_work * left < 2 * static_cast<double>(plan_.blocks)) break;
+      const Range blocks = take(least - taken_.begin());
+      if (blocks.size() > 0) return {least - taken_.begin(), blocks};
+    }
+    return {0, {0, 0}};
+  }
+
+ private:
+  const DataPlan& plan_;
+  const int64_t share_;
+  std::atomic<int64_t> begun_{0};
+  std::vector<std::atomic<int64_t>> taken_;  // blocks of each tile
+};
+
+// The shares of a tile that this thread gets, from `share` on. `next` is what it will probably read next of the input,
+// elements; empty if unknown.
+void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share share, Range next, TileQueue* queue) {
   const DataPlan& plan = call.plan;
   TileInput input(plan, call.input, rows, columns);
   const int64_t block_features = plan.vectors * call.kernels.lanes;
@@ -765,14 +812,17 @@ void run_tile(const Call& call, Range rows, Range columns, Range blocks, Range n
   float* row_filter = scratch.take<float>(row_floats);
   const Walk walk = choose_walk(call, input);
   const bool dense = walk == Walk::kDense;
-  if (blocks.begin == 0) count_path(plan.op, dense);
   int64_t sweeps = 0;
   for (const ColumnClass& c : plan.classes) sweeps += c.strands.size();
-  sweeps *= rows.size() * plan.kernel_rows * blocks.size() * plan.channel_blocks();
+  sweeps *= rows.size() * plan.kernel_rows * plan.blocks * plan.channel_blocks();
   InputAhead ahead(call.input.at(next.begin), next.size() * call.input.size(), columns.size(), sweeps);
   BlockSweeper sweeper(call, input, walk, rows, columns, layout, sums, finished, row_filter, &ahead);
-  for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) sweeper.run(cls, block);
+  for (; share.blocks.size() > 0; share.blocks = queue->take(share.tile)) {
+    const auto [begin, end] = share.blocks;
+    if (begin == 0) count_path(plan.op, dense);
+    for (size_t cls = 0; cls < plan.classes.size(); ++cls) {
+      for (int64_t block = begin; block < end; ++block) sweeper.run(cls, block);
+    }
   }
   if (call.stream) call.kernels.data.stream_fence();
 }
@@ -802,24 +852,23 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
 
   Executor& threads = helpers_unless(plan.serial, executor);
   const int concurrency = threads.concurrency();
-  const int64_t groups = plan.shares(concurrency);
+  TileQueue queue(plan, concurrency);
   run_phases(
       threads,
       {
           {packs_ahead ? channel_blocks * plan.kernel_rows : 0,
            [&](int64_t i) { layout.pack(k, rhs, i / plan.kernel_rows, i % plan.kernel_rows, packed.as<float>()); }},
-          {tiles * groups,
-           [&](int64_t i) {
-             const int64_t tile = i / groups, group = i % groups;
-             const int64_t row = tile / column_tiles * plan.tile_rows;
-             const int64_t column = tile % column_tiles * plan.tile_columns;
+          {concurrency,
+           [&](int64_t) {
              const int64_t step = plan.classes.front().step;
-             // Threads take items in turn, so the next of this thread is about `concurrency` items on.
-             const int64_t later = (i + concurrency) / groups;
-             run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
-                      {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
-                      {plan.blocks * group / groups, plan.blocks * (group + 1) / groups},
-                      later > tile && later < tiles ? input_of(plan, later) : Range{0, 0});
+             for (auto share = queue.begin(); share.blocks.size() > 0; share = queue.begin()) {
+               const int64_t row = share.tile / column_tiles * plan.tile_rows;
+               const int64_t column = share.tile % column_tiles * plan.tile_columns;
+               const int64_t later = share.tile + concurrency;  // threads take tiles in turn
+               run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
+                        {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
+                        share, later < tiles ? input_of(plan, later) : Range{0, 0}, &queue);
+             }
            }},
       });
 }
