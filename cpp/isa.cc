@@ -23,6 +23,21 @@ bool has_f16c() {
 }
 #endif
 
+#if defined(__x86_64__)
+const Kernels& kernels_avx512_vbmi2() {
+  static const Kernels kernels = [] {
+    Kernels k = kKernelsAvx512;
+    k.isa = "avx512_vbmi2";
+    k.weights.list = kListsAvx512Vbmi2.list;
+    std::copy_n(kListsAvx512Vbmi2.pack_lists, kDTypes, k.weights.pack_lists);
+    std::copy_n(kListsAvx512Vbmi2.lists, kDTypes, k.masked.lists);
+    std::copy_n(kListsAvx512Vbmi2.point_lists, kDTypes, k.masked.point_lists);
+    return k;
+  }();
+  return kernels;
+}
+#endif
+
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> list;
 #if defined(__x86_64__)
@@ -32,7 +47,7 @@ std::vector<const Kernels*> usable_kernels() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512vbmi2")) list.push_back(&kKernelsAvx512Vbmi2);
+    if (__builtin_cpu_supports("avx512vbmi2")) list.push_back(&kernels_avx512_vbmi2());
     list.push_back(&kKernelsAvx512);
   }
   if (avx2) list.push_back(&kKernelsAvx2);

@@ -1,5 +1,6 @@
 // The table of kernels that one instruction set offers. The code around the kernels is compiled once, for any machine,
-// and reaches them through this table only. kernels_<isa>.cc instantiate kernels_data.h and kernels_weights.h.
+// and reaches them through this table only. kernels_<isa>.cc instantiate kernels_data.h, kernels_weights.h and
+// kernels_masked.h; tables are constants, so that no code for one machine runs on another.
 //
 // Kernels that read or write tensors come by element type: [kDTypes] is indexed with index_of(dtype), the pointers have
 // no type, and pitches and offsets count elements. Everything between them is float32.
@@ -178,7 +179,7 @@ struct WeightsPackListsArgs {
   const uint16_t* positions;  // of each pixel
   int count;                  // of pixels, a multiple of kPackPixels
   int channels;
-  float* values;  // [channel][value_pitch], value_pitch >= count + 16, for channels rounded up to lanes
+  float* values;  // [channel][value_pitch], value_pitch >= count + 16
   ptrdiff_t value_pitch;
   uint16_t* lists;  // [channel][list_pitch], list_pitch >= count + 16
   ptrdiff_t list_pitch;
@@ -431,7 +432,15 @@ extern const Kernels kKernelsPortable;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
-extern const Kernels kKernelsAvx512Vbmi2;
+
+// What AVX-512 with VBMI2 does in another way than AVX-512 alone.
+struct ListKernels {
+  void (*list)(const WeightsListArgs&);
+  int64_t (*pack_lists[kDTypes])(const WeightsPackListsArgs&);
+  void (*lists[kDTypes])(const MaskedListArgs&);
+  void (*point_lists[kDTypes])(const PointListArgs&);
+};
+extern const ListKernels kListsAvx512Vbmi2;
 #endif
 
 }  // namespace sparsetrain

@@ -1,4 +1,4 @@
-// The kernels for Avx512Vbmi2: those of Avx512, but for the ones that make lists.
+// The kernels for Avx512Vbmi2 that differ from those for Avx512: the ones that make lists.
 #include "kernels_masked.h"
 #include "kernels_weights.h"
 #include "simd_avx512_vbmi2.h"
@@ -7,24 +7,23 @@ namespace sparsetrain {
 namespace {
 
 template <class T>
-void offer_lists(Kernels& kernels) {
-  kernels.weights.pack_lists[kIndexOf<T>] = weights_pack_lists<Avx512Vbmi2, T>;
-  kernels.masked.lists[kIndexOf<T>] = masked_lists<Avx512Vbmi2, T>;
-  kernels.masked.point_lists[kIndexOf<T>] = point_lists<Avx512Vbmi2, T>;
+constexpr void offer_lists(ListKernels& table) {
+  table.pack_lists[kIndexOf<T>] = weights_pack_lists<Avx512Vbmi2, T>;
+  table.lists[kIndexOf<T>] = masked_lists<Avx512Vbmi2, T>;
+  table.point_lists[kIndexOf<T>] = point_lists<Avx512Vbmi2, T>;
 }
 
-Kernels with_vbmi2(Kernels kernels) {
-  kernels.isa = "avx512_vbmi2";
-  kernels.weights.list = weights_list_together<Avx512Vbmi2>;
-  offer_lists<float>(kernels);
-  offer_lists<Bf16>(kernels);
-  offer_lists<F16>(kernels);
-  return kernels;
+constexpr ListKernels list_kernels() {
+  ListKernels table{};
+  table.list = weights_list_together<Avx512Vbmi2>;
+  offer_lists<float>(table);
+  offer_lists<Bf16>(table);
+  offer_lists<F16>(table);
+  return table;
 }
 
 }  // namespace
 
-// kKernelsAvx512 needs no code to run first: it is there before anything is copied.
-const Kernels kKernelsAvx512Vbmi2 = with_vbmi2(kKernelsAvx512);
+const ListKernels kListsAvx512Vbmi2 = list_kernels();
 
 }  // namespace sparsetrain

@@ -727,7 +727,7 @@ constexpr bool fits_registers() {
 }
 
 template <class Isa, int kTaps, int kVectors>
-void offer_sweep(DataKernels& table) {
+constexpr void offer_sweep(DataKernels& table) {
   if constexpr (fits_registers<Isa, kTaps, kVectors>()) {
     table.sweep[kTaps][kVectors] = &Sweep<Isa, kTaps, kVectors>::run;
     if constexpr (kTaps == 1) table.point_sweep[kVectors] = &PointSweep<Isa, kVectors>::run;
@@ -742,7 +742,7 @@ void offer_sweep(DataKernels& table) {
 }
 
 template <class Isa, class T>
-void offer_data(DataKernels& table) {
+constexpr void offer_data(DataKernels& table) {
   table.scan[kIndexOf<T>] = &scan<Isa, T>;
   table.widen[kIndexOf<T>] = &widen_values<Isa, T>;
   table.pack[kIndexOf<T>] = &pack_rows<Isa, T>;
@@ -752,7 +752,7 @@ void offer_data(DataKernels& table) {
 }
 
 template <class Isa>
-DataKernels data_kernels() {
+constexpr DataKernels data_kernels() {
   DataKernels table{};
   offer_sweep<Isa, 1, 1>(table);
   table.fma_burst = &fma_burst<Isa>;

@@ -402,6 +402,7 @@ struct Pack {
 // The lists of kLanes channels from `first` on. kNear: L1 holds the lines of twice kLanes pixels.
 template <class Isa, class T, bool kNear>
 ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first) {
+  static_assert(kPackPixels % Isa::kLanes == 0);
   constexpr int kLanes = Isa::kLanes;
   const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
   float* values = args.values + first * args.value_pitch;

@@ -166,7 +166,7 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
 }
 
 // So many tiles or a few more, a number that 2, 4, 8 threads share evenly. (Fewer than six are left to
-// DataPlan::share.)
+// threads that help each other, DataPlan::share.)
 int64_t shareable(int64_t tiles) {
   if (tiles < 6) return tiles;
   int64_t step = 2;

@@ -13,9 +13,11 @@
 // Along y no splitting is needed: each row of the result has a list of (input row, kernel row).
 //
 // Blocking, from outside in, in the order of the loops in run_data.cc:
-//   tile           rows x columns of the result, for all features: its input is scanned once (masks; a copy, of the
-//                  non-zeros alone where sparse sweeps pack). Narrow values are widened into that copy, so
-//                  sweeps read float32; it stays in L2 as the input does that is swept in place
+//   tile           rows x columns of the result, for all features: its input is scanned once by each thread that
+//                  takes part in it (masks; a copy, of the non-zeros alone where sparse sweeps pack). Narrow values are
+//                  widened into that copy, so sweeps read float32; it stays in L2 as the input does that is swept in
+//                  place
+//   share          of a tile's feature blocks: what a thread takes at a time
 //   feature block  vectors * lanes features; partial sums of a tile and one block stay in L2
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
 //   kernel row, strand, row of the tile: one sweep

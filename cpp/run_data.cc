@@ -753,6 +753,8 @@ class TileQueue {
     for (std::atomic<int64_t>& taken : taken_) taken.store(0, std::memory_order_relaxed);
   }
 
+  int64_t shares() const { return plan_.tiles() * ((plan_.blocks + share_ - 1) / share_); }
+
   // The next share of a tile, empty when none is left.
   Range take(int64_t tile) {
     const int64_t begin = std::min(plan_.blocks, taken_[tile].fetch_add(share_, std::memory_order_relaxed));
@@ -775,8 +777,8 @@ class TileQueue {
         return a.load(std::memory_order_relaxed) < b.load(std::memory_order_relaxed);
       });
       const double left = static_cast<double>(plan_.blocks - least->load(std::memory_order_relaxed));
-      // Finding the zeros again takes as long as a multiply-add for each value; half of what is left should take more.
-      if (left <= 0 || plan_.value_work * left < 2 * static_cast<double>(plan_.blocks)) break;
+      // Finding the zeros again takes as long as a multiply-add for each value; what is left should take longer.
+      if (left <= 0 || plan_.value_work * left < static_cast<double>(plan_.blocks)) break;
       const Range blocks = take(least - taken_.begin());
       if (blocks.size() > 0) return {least - taken_.begin(), blocks};
     }
@@ -858,7 +860,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
       {
           {packs_ahead ? channel_blocks * plan.kernel_rows : 0,
            [&](int64_t i) { layout.pack(k, rhs, i / plan.kernel_rows, i % plan.kernel_rows, packed.as<float>()); }},
-          {concurrency,
+          {std::min<int64_t>(concurrency, queue.shares()),
            [&](int64_t) {
              const int64_t step = plan.classes.front().step;
              for (auto share = queue.begin(); share.blocks.size() > 0; share = queue.begin()) {

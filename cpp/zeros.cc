@@ -16,7 +16,8 @@ double density(ConstTensor values, int64_t count) {
   }
   int64_t nonzeros = 0;
   for (int64_t turn = 0; turn < kTurns; ++turn) {
-    for (int64_t i = turn; i < kRuns; i += kTurns) {
+    for (int64_t group = 0; group < kRuns; group += kTurns) {
+      const int64_t i = group + (group / kTurns + turn) % kTurns;  // not the same place in images of some size
       const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
       const int64_t slot = count / kRuns;
       const int64_t at = i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24);

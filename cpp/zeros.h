@@ -8,8 +8,9 @@
 
 namespace sparsetrain {
 
-// Fraction of non-zeros of count > 0 values. Large tensors are sampled, by size alone: short runs at places that a
-// multiplicative hash spreads, so that no period of channels or rows is favoured.
+// Fraction of non-zeros of count > 0 values. Large tensors are sampled: short runs at places that depend on the size
+// alone and that a multiplicative hash spreads, so that no period of channels or rows is favoured. An eighth of them
+// will do where it has no zero.
 double density(ConstTensor values, int64_t count);
 
 // Of convolutions of an operand whose density, as measured, is `sample`: where that is nothing and indeed all its

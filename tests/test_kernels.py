@@ -346,6 +346,16 @@ def test_auto_runs_sparse_kernels_where_most_values_are_zero(component: str, isa
     assert native.counters().get(f"conv_{component}/dense", 0) == 0
 
 
+@pytest.mark.parametrize("row", range(8))
+def test_auto_sees_zeros_that_all_images_have_in_the_same_rows(row: int, isa: str) -> None:
+    case = same(Case(64, 8, 8, 64, 64, 3, 3))
+    lhs, g = np.zeros(case.lhs_shape, np.float32), np.ones(case.out_shape, np.float32)
+    lhs[:, row] = 1
+    native.reset_counters()
+    run("bwd_weights", case, lhs, g)
+    assert native.counters().get("conv_bwd_weights/sparse", 0) == 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", [SHAPES[0], SHAPES[3], SHAPES[1]], ids=str)
 @pytest.mark.parametrize("component", COMPONENTS)
