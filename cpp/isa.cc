@@ -21,9 +21,8 @@ bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
 }
-#endif
 
-#if defined(__x86_64__)
+// Avx512's kernels but for those that make lists.
 const Kernels& kernels_avx512_vbmi2() {
   static const Kernels kernels = [] {
     Kernels k = kKernelsAvx512;
