@@ -82,7 +82,11 @@ struct Avx512 {
     const __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     _mm_storeu_ps(p, first ? z : _mm_add_ps(z, _mm_loadu_ps(p)));
   }
-  static ST_INLINE uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+  static ST_INLINE uint32_t nonzero(Vec v) {
+    uint32_t mask = _cvtmask16_u32(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+    asm("" : "+r"(mask));  // gcc 12 would spill a mask's 16 bits, and read back 32
+    return mask;
+  }
   static ST_INLINE Vec keep(uint32_t mask, Vec v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), v); }
   static ST_INLINE void compress(float* p, uint32_t mask, Vec v) {
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
