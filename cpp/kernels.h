@@ -114,8 +114,8 @@ struct FinishArgs {
   int64_t features;
   void* out;
   ptrdiff_t out_pitch;
-  const void* keep;  // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
-  bool stream;       // float32 by-passes the caches (64-byte aligned, whole vectors), if `keep` is null
+  const void* keep;     // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
+  bool stream = false;  // float32 by-passes the caches (64-byte aligned, whole vectors), if `keep` is null
 };
 
 struct DataKernels {

@@ -4,13 +4,10 @@
 #include <cmath>
 
 #include "parallel.h"
+#include "pixels.h"
 
 namespace sparsetrain {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
-int64_t floor_div(int64_t a, int64_t b) { return (a - floor_mod(a, b)) / b; }
 
 // Taps tap[0..n) of a strand in which pixel i and tap j meet column base + i - j, cut to what a sweep offers.
 void cut_strand(int phase, int64_t base, const std::vector<int64_t>& tap, std::vector<Strand>* strands) {
@@ -361,7 +358,7 @@ std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) 
   add("tile_rows", plan.tile_rows);
   add("tile_columns", plan.tile_columns);
   add("tiles", plan.tiles());
-  add("share", plan.share(2));
+  add("shares", plan.shares(2));
   add("copy", plan.copy);
   add("packs", plan.packs);
   add("stream", plan.stream);

@@ -91,6 +91,7 @@ struct DataPlan {
   int64_t tiles() const { return row_tiles() * column_tiles(); }
   // Feature blocks of a tile that a thread takes at a time, of so many threads.
   int64_t share(int threads) const { return threads > 1 ? (blocks + 7) / 8 : blocks; }
+  int64_t shares(int threads) const { return tiles() * ((blocks + share(threads) - 1) / share(threads)); }
   // Input row under kernel row r for row y of the result; -1 when there is none.
   int64_t input_row(int64_t y, int64_t r) const;
   // Range of input rows that rows [y0, y1) of one image need.

@@ -37,9 +37,6 @@ Costs costs_of(const WeightsMachine& machine) {
   return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 2.1};
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these
 // meet ascending pixels of g.
 struct AxisClass {
@@ -59,20 +56,7 @@ std::vector<AxisClass> split_axis(int64_t size, int64_t out_size, int64_t kernel
   return classes;
 }
 
-// Cuts a run of taps into pieces of nearly equal length that a product takes.
-std::vector<TapAxis> cut(const TapAxis& axis) {
-  std::vector<TapAxis> parts;
-  const int pieces = (axis.taps + kMaskedTaps - 1) / kMaskedTaps;
-  for (int i = 0, first = 0; i < pieces; ++i) {
-    TapAxis part = axis;
-    part.taps = (axis.taps - first + pieces - i - 1) / (pieces - i);
-    part.tap += first * axis.tap_step;
-    part.offset += first;
-    first += part.taps;
-    parts.push_back(part);
-  }
-  return parts;
-}
+std::vector<TapAxis> cut(const TapAxis& axis) { return cut(axis, (axis.taps + kMaskedTaps - 1) / kMaskedTaps); }
 
 // The narrowest step for `left` features, or the widest there is. Half the widest exists.
 int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const WeightsMachine& machine) {
@@ -138,13 +122,6 @@ void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density
   }
   cls.filter_block = filter_block(plan.shape.c, best, density, machine);
   for (int64_t i = 0; i < best_steps; ++i) add_step(rows, columns, i * best * plan.lanes, best, plan, cls);
-}
-
-// Padding before and after the pixels of g that `pixels` pixels meet: what neighbouring rows may share.
-int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
-  const int64_t before = std::max<int64_t>(0, -axis.offset);
-  const int64_t after = std::max<int64_t>(0, axis.offset + pixels + axis.taps - 1 - axis.count);
-  return std::min<int64_t>({before, after, axis.taps - 1});
 }
 
 // The block with its halo stays in L1; fewest blocks, because every block reads all filters.

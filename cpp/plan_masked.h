@@ -22,6 +22,7 @@
 
 #include "conv.h"
 #include "isa.h"
+#include "pixels.h"
 #include "plan_weights.h"
 
 namespace sparsetrain {
@@ -33,16 +34,11 @@ struct MaskedStep {
   int64_t filter;  // floats before its filters, [channel][tap][vectors * lanes], in the packed kernel
 };
 
-struct MaskedClass {
-  PixelAxis rows, columns;        // of x
+// Pixels of x.
+struct MaskedClass : PixelBlocks {
   std::vector<MaskedStep> steps;  // none where no tap meets the class
   bool points;
   int64_t filter_block;  // of points: channels whose filters stay in L1
-  int64_t block_images, block_rows, block_columns;
-  int64_t pitch;       // positions between rows of a block; halos of neighbouring rows overlap where both are padding
-  int64_t image_rows;  // rows of positions between images of a block
-  int64_t blocks[3];   // images, rows, columns
-  int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
 };
 
 struct MaskedPlan {

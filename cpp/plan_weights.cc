@@ -37,9 +37,6 @@ Costs costs_of(const WeightsMachine& machine) {
   return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12};
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 int64_t strided_count(int64_t size, int64_t start, int64_t step) {
   return start < size ? ceil_div(size - start, step) : 0;
 }
@@ -70,20 +67,6 @@ std::vector<AxisClass> g_checked_axis(int64_t size, int64_t out_size, int64_t ke
                         strided_count(size, start, stride), offset});
   }
   return {all};
-}
-
-// Cuts a run of taps into `pieces` of nearly equal length.
-std::vector<TapAxis> cut(const TapAxis& axis, int pieces) {
-  std::vector<TapAxis> parts;
-  for (int i = 0, first = 0; i < pieces; ++i) {
-    TapAxis part = axis;
-    part.taps = (axis.taps - first + pieces - i - 1) / (pieces - i);
-    part.tap += first * axis.tap_step;
-    part.offset += first;
-    first += part.taps;
-    parts.push_back(part);
-  }
-  return parts;
 }
 
 // The widest step for rows x columns taps: wide steps walk the masks less often, but pairs need twice the registers.
@@ -137,13 +120,6 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
   }
 }
 
-// Padding before and after the dense pixels that `pixels` checked pixels meet: what neighbouring rows may share.
-int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
-  const int64_t before = std::max<int64_t>(0, -axis.offset);
-  const int64_t after = std::max<int64_t>(0, axis.offset + pixels + axis.taps - 1 - axis.count);
-  return std::min<int64_t>({before, after, axis.taps - 1});
-}
-
 int64_t balanced(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::max<int64_t>(1, most))); }
 
 // Blocks of `columns` columns whose dense block has at most `budget` positions.
@@ -163,8 +139,7 @@ void block_by(const WeightsPlan& plan, int64_t columns, int64_t budget, int64_t 
   }
   cls.block_images =
       full_rows ? balanced(plan.shape.n, std::min(plan.shape.n, budget / (cls.image_rows * cls.pitch))) : 1;
-  cls.positions =
-      round_up(((cls.block_images - 1) * cls.image_rows + cls.block_rows - 1) * cls.pitch + cls.block_columns, 64);
+  cls.positions = round_up(cls.position(cls.block_images - 1, cls.block_rows - 1, cls.block_columns), 64);
   cls.blocks[0] = ceil_div(plan.shape.n, cls.block_images);
   cls.blocks[1] = ceil_div(cls.rows.count, cls.block_rows);
   cls.blocks[2] = ceil_div(cls.columns.count, cls.block_columns);

@@ -31,16 +31,9 @@
 
 #include "conv.h"
 #include "isa.h"
+#include "pixels.h"
 
 namespace sparsetrain {
-
-// Taps of one walk, in kernel coordinates and where they meet the dense operand, per axis (0: rows, 1: columns).
-struct TapAxis {
-  int64_t tap, tap_step;  // kernel index of tap 0, and from tap to tap
-  int taps;
-  int64_t start, step, count;  // the sub-image: pixels start, start + step, ... of the dense operand
-  int64_t offset;              // checked pixel u and tap j meet sub-image pixel u + j + offset
-};
 
 // Where the sums of a group lie: among those of a class's own group number `group`, which has `taps` taps in rows of
 // `columns`; `first` is the number there of this group's first tap.
@@ -55,23 +48,13 @@ struct TapGroup {
   TapPlace place;
 };
 
-// Pixels start, start + step, ... of the checked operand, per axis.
-struct PixelAxis {
-  int64_t start, step, count;
-};
-
-struct PixelClass {
-  PixelAxis rows, columns;
+// Pixels of the checked operand.
+struct PixelClass : PixelBlocks {
   std::vector<TapGroup> groups;
-  int64_t block_images, block_rows, block_columns;
-  int64_t pitch;       // positions between rows of a block; halos of neighbouring rows overlap where both are padding
-  int64_t image_rows;  // rows of positions between images of a block
-  int64_t positions;   // of a block, a multiple of 64
-  int64_t blocks[3];   // images, rows, columns
+  int64_t positions;  // of a block, a multiple of 64
   // Rows and columns of pixels that meet padding with some taps: walked apart, without (most of) these. They add to
   // the sums of this class, which has the pixels in between.
   std::vector<PixelClass> borders;
-  int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
   // Calls f for the class and each of its borders.
   template <class F>
   void for_parts(F&& f) const {

@@ -753,8 +753,6 @@ class TileQueue {
     for (std::atomic<int64_t>& taken : taken_) taken.store(0, std::memory_order_relaxed);
   }
 
-  int64_t shares() const { return plan_.tiles() * ((plan_.blocks + share_ - 1) / share_); }
-
   // The next share of a tile, empty when none is left.
   Range take(int64_t tile) {
     const int64_t begin = std::min(plan_.blocks, taken_[tile].fetch_add(share_, std::memory_order_relaxed));
@@ -860,7 +858,7 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
       {
           {packs_ahead ? channel_blocks * plan.kernel_rows : 0,
            [&](int64_t i) { layout.pack(k, rhs, i / plan.kernel_rows, i % plan.kernel_rows, packed.as<float>()); }},
-          {std::min<int64_t>(concurrency, queue.shares()),
+          {std::min<int64_t>(concurrency, plan.shares(concurrency)),
            [&](int64_t) {
              const int64_t step = plan.classes.front().step;
              for (auto share = queue.begin(); share.blocks.size() > 0; share = queue.begin()) {

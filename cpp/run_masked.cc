@@ -15,14 +15,6 @@ namespace {
 
 constexpr int64_t kPackChannels = 32;  // of the kernel, packed at a time
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// A block of pixels of a class: first image, row and column, and how many of each.
-struct Block {
-  int64_t image, row, column, images, rows, columns;
-};
-
 class MaskedRun {
  public:
   MaskedRun(const MaskedPlan& plan, int threads, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
@@ -41,8 +33,8 @@ class MaskedRun {
     for (const MaskedClass& cls : plan.classes) {
       for (const MaskedStep& step : cls.steps) {
         steps_.push_back(&step);
-        const int64_t positions = position(cls, cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
-                                           cls.block_columns + step.columns.taps - 1);
+        const int64_t positions = cls.position(cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
+                                               cls.block_columns + step.columns.taps - 1);
         g_positions_ = std::max(g_positions_, positions);
         if (!cls.points) g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
       }
@@ -102,22 +94,7 @@ class MaskedRun {
     int64_t block = index / pieces;
     const MaskedClass* cls = plan_.classes.data();
     for (; block >= cls->block_count(); ++cls) block -= cls->block_count();
-    return {cls, block_of(*cls, block), channel, std::min(plan_.channel_block, plan_.shape.c - channel)};
-  }
-
-  static int64_t position(const MaskedClass& cls, int64_t image, int64_t row, int64_t column) {
-    return (image * cls.image_rows + row) * cls.pitch + column;
-  }
-
-  Block block_of(const MaskedClass& cls, int64_t index) const {
-    Block b;
-    b.column = index % cls.blocks[2] * cls.block_columns;
-    b.row = index / cls.blocks[2] % cls.blocks[1] * cls.block_rows;
-    b.image = index / (cls.blocks[2] * cls.blocks[1]) * cls.block_images;
-    b.images = std::min(cls.block_images, plan_.shape.n - b.image);
-    b.rows = std::min(cls.block_rows, cls.rows.count - b.row);
-    b.columns = std::min(cls.block_columns, cls.columns.count - b.column);
-    return b;
+    return {cls, cls->block(block, plan_.shape.n), channel, std::min(plan_.channel_block, plan_.shape.c - channel)};
   }
 
   // Elements before channel 0 of a pixel in x and dlhs.
@@ -157,7 +134,7 @@ class MaskedRun {
     point_at(dlhs_, item, pixels);
     for (int64_t n = 0, slot = 0; n < block.images; ++n) {
       for (int64_t row = 0; row < block.rows; ++row) {
-        const int64_t first = position(cls, n, row, 0);
+        const int64_t first = cls.position(n, row, 0);
         for (int64_t i = 0; i < block.columns; ++i) positions[slot++] = static_cast<uint16_t>(first + i);
       }
     }
@@ -172,7 +149,7 @@ class MaskedRun {
       const MaskedStep& step = cls.steps[i];
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
       // Steps differ in features first, then in taps.
-      if (step.feature == 0) g_count = point_at_g(step, block, cls.pitch, cls.image_rows, zeros, g_pixels);
+      if (step.feature == 0) g_count = point_at_g(step, block, cls, zeros, g_pixels);
       kernels_.weights.copy[dtype_]({g_pixels, g_count, step.feature, step.features, g, width});
       // While a step computes, the g of the next one comes into L2, or of the next item, and a share of the latter's x.
       WeightsPrefetch next_g = {g_pixels, g_count, (step.feature + width) * g_.size(), ceil_div(width * g_.size(), 64)};
@@ -180,7 +157,7 @@ class MaskedRun {
         next_g = {ahead_g, 0, 0, next_g.lines};
         if (ahead_slots > 0 && !ahead.cls->steps.empty()) {
           const MaskedClass& next = *ahead.cls;
-          next_g.count = point_at_g(next.steps.front(), ahead.block, next.pitch, next.image_rows, zeros, ahead_g);
+          next_g.count = point_at_g(next.steps.front(), ahead.block, next, zeros, ahead_g);
         }
       }
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
@@ -238,14 +215,14 @@ class MaskedRun {
       table.point_lists[dtype_](
           {x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists, pitch, starts, masks});
       std::fill_n(zeros, zeros_size, 0.0f);
-      point_at_g(first, block, block.columns, block.rows, zeros, g_pixels);
+      point_at_g(first, block, {block.columns, block.rows}, zeros, g_pixels);
       point_at(x_, ahead, ahead_x);
     }
     // While a block of channels meets a step, a share of the g of the next step comes into L2, or of the next item if
     // it is of this class, and a share of the latter's x.
     const bool same_class = ahead_count > 0 && ahead.cls == &cls;
     if (same_class && !cls.steps.empty()) {
-      point_at_g(cls.steps.front(), ahead.block, ahead.block.columns, ahead.block.rows, zeros, ahead_g);
+      point_at_g(cls.steps.front(), ahead.block, {ahead.block.columns, ahead.block.rows}, zeros, ahead_g);
     }
     const int64_t steps = static_cast<int64_t>(cls.steps.size()), turns = steps * blocks;
     for (int64_t i = 0; i < turns; ++i) {
@@ -286,27 +263,19 @@ class MaskedRun {
     return to - pixels;
   }
 
-  // The pixels of g that a step's taps meet in a block, zeros where they meet padding. `pitch` positions between rows,
-  // `image_rows` rows between images.
-  int64_t point_at_g(const MaskedStep& step, const Block& block, int64_t pitch, int64_t image_rows, const float* zeros,
+  // Points at the pixels of g that a step's taps meet in a block, zeros where they meet padding. Returns how many.
+  int64_t point_at_g(const MaskedStep& step, const Block& block, const Positions& positions, const float* zeros,
                      const void** pixels) const {
     const ConvShape& s = plan_.shape;
-    const TapAxis &rows = step.rows, &columns = step.columns;
-    const int64_t want_rows = block.rows + rows.taps - 1, want_columns = block.columns + columns.taps - 1;
-    const int64_t first_row = block.row + rows.offset, first = block.column + columns.offset;
-    const int64_t begin_row = std::clamp<int64_t>(-first_row, 0, want_rows);
-    const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
-    const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
-    const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
-    const auto position = [&](int64_t n, int64_t row, int64_t column) {
-      return (n * image_rows + row) * pitch + column;
-    };
-    const int64_t count = position(block.images - 1, want_rows - 1, want_columns);
+    const Meeting rows(step.rows, block.row, block.rows), columns(step.columns, block.column, block.columns);
+    const int64_t count = positions.position(block.images - 1, rows.positions - 1, columns.positions);
     std::fill_n(pixels, count, zeros);
     for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t row = begin_row; row < end_row; ++row) {
-        const int64_t from = (((block.image + n) * s.oh + first_row + row) * s.ow + first) * s.k;
-        for (int64_t x = begin; x < end; ++x) pixels[position(n, row, x)] = g_.at(from + x * s.k);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const int64_t from = (((block.image + n) * s.oh + rows.at + row) * s.ow + columns.at) * s.k;
+        for (int64_t x = columns.begin; x < columns.end; ++x) {
+          pixels[positions.position(n, row, x)] = g_.at(from + x * s.k);
+        }
       }
     }
     return count;

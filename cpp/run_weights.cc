@@ -16,8 +16,6 @@ namespace {
 constexpr ptrdiff_t kLinePad = 16;  // floats between lines of values, so that lines do not share cache sets
 
 int log2_of(int vectors) { return __builtin_ctz(static_cast<unsigned>(vectors)); }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // For bounds that nothing reaches.
 int clamped(int64_t a) { return static_cast<int>(std::clamp<int64_t>(a, -(1 << 30), 1 << 30)); }
 
@@ -26,22 +24,6 @@ struct Image {
   int64_t rows, columns, channels;
   Fold fold;
 };
-
-// A block of pixels of a class: first image, row and column, and how many of each.
-struct Block {
-  int64_t image, row, column, images, rows, columns;
-};
-
-Block block_of(const WeightsPlan& plan, const PixelClass& cls, int64_t index) {
-  Block b;
-  b.column = index % cls.blocks[2] * cls.block_columns;
-  b.row = index / cls.blocks[2] % cls.blocks[1] * cls.block_rows;
-  b.image = index / (cls.blocks[2] * cls.blocks[1]) * cls.block_images;
-  b.images = std::min(cls.block_images, plan.shape.n - b.image);
-  b.rows = std::min(cls.block_rows, cls.rows.count - b.row);
-  b.columns = std::min(cls.block_columns, cls.columns.count - b.column);
-  return b;
-}
 
 // The channels and features of drhs that an item computes, and its chunk of the pixels.
 struct Item {
@@ -312,7 +294,7 @@ class WeightsRun {
     point_at_first(blocks[0], scratch.dense[0]);
     for (size_t b = 0; b < blocks.size(); ++b) {
       const PixelClass& part = *blocks[b].part;
-      const Block block = block_of(plan_, part, blocks[b].index);
+      const Block block = part.block(blocks[b].index, plan_.shape.n);
       const bool first_block = b == 0 && starts, last = b + 1 == blocks.size();
       const Place next_block = last ? Place{} : blocks[b + 1];
       const bool any = !plan_.sparse || pack(item, lists, scratch) != 0;
@@ -408,29 +390,29 @@ class WeightsRun {
   // values, up to whole vectors, and for tiles.
   void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, Lists lists, const ItemScratch& scratch,
                         PixelTable& table) const {
-    const Block block = block_of(plan_, cls, index);
+    const Block block = cls.block(index, plan_.shape.n);
     char* windows = table.windows;
     table.count = 0;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
     const bool gaps = plan_.sparse && lists != Lists::kPacked;
-    const int64_t pitch = gaps ? cls.pitch : block.columns;
-    const int64_t image_rows = gaps ? cls.image_rows : block.rows;
-    table.count = ((block.images - 1) * image_rows + block.rows - 1) * pitch + block.columns;
+    const Positions positions = gaps ? Positions(cls) : Positions{block.columns, block.rows};
+    table.count = positions.position(block.images - 1, block.rows - 1, block.columns);
     if (gaps) std::fill_n(table.pixels, round_up(table.count, 64), scratch.zeros);
     if (lists == Lists::kPacked) {
       const int64_t count = round_up(table.count, kPackPixels);
       std::fill(table.pixels + table.count, table.pixels + count, scratch.zeros);
       std::fill(table.positions + table.count, table.positions + count, uint16_t{0});
+      table.count = count;
     }
     for (int64_t image = 0; image < block.images; ++image) {
       for (int64_t row = 0; row < block.rows; ++row) {
-        const void** to = table.pixels + (image * image_rows + row) * pitch;
+        const void** to = table.pixels + positions.position(image, row, 0);
         point_at_row(checked_, block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
                      cls.columns.start + block.column * cls.columns.step, cls.columns.step, block.columns, item.channel,
                      to, windows);
         if (lists != Lists::kPacked) continue;
         std::iota(table.positions + (to - table.pixels), table.positions + (to - table.pixels) + block.columns,
-                  static_cast<uint16_t>((image * cls.image_rows + row) * cls.pitch));
+                  static_cast<uint16_t>(cls.position(image, row, 0)));
       }
     }
   }
@@ -438,25 +420,20 @@ class WeightsRun {
   // The pixels of the dense operand that a group's taps meet in a block, zeros where they meet padding.
   void point_at_dense(const PixelClass& cls, const TapGroup& group, int64_t index, const ItemScratch& scratch,
                       PixelTable& table) const {
-    const Block block = block_of(plan_, cls, index);
-    const TapAxis &rows = group.rows, &columns = group.columns;
+    const Block block = cls.block(index, plan_.shape.n);
     table.count = 0;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
-    const int64_t want_rows = block.rows + rows.taps - 1, want_columns = block.columns + columns.taps - 1;
-    const int64_t first_row = block.row + rows.offset, first = block.column + columns.offset;
-    const int64_t begin_row = std::clamp<int64_t>(-first_row, 0, want_rows);
-    const int64_t end_row = std::clamp<int64_t>(rows.count - first_row, begin_row, want_rows);
-    const int64_t begin = std::clamp<int64_t>(-first, 0, want_columns);
-    const int64_t end = std::clamp<int64_t>(columns.count - first, begin, want_columns);
+    const Meeting rows(group.rows, block.row, block.rows), columns(group.columns, block.column, block.columns);
     char* windows = table.windows;
-    table.count = ((block.images - 1) * cls.image_rows + want_rows - 1) * cls.pitch + want_columns;
+    table.count = cls.position(block.images - 1, rows.positions - 1, columns.positions);
     std::fill_n(table.pixels, table.count, scratch.zeros);
-    if (begin == end) return;
+    const int64_t count = columns.end - columns.begin, step = group.columns.step;
+    if (count == 0) return;
+    const int64_t first = group.columns.start + (columns.at + columns.begin) * step;
     for (int64_t image = 0; image < block.images; ++image) {
-      for (int64_t row = begin_row; row < end_row; ++row) {
-        const void** to = table.pixels + (image * cls.image_rows + row) * cls.pitch;
-        point_at_row(dense_, block.image + image, rows.start + (first_row + row) * rows.step,
-                     columns.start + (first + begin) * columns.step, columns.step, end - begin, 0, to + begin, windows);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        point_at_row(dense_, block.image + image, group.rows.start + (rows.at + row) * group.rows.step, first, step,
+                     count, 0, table.pixels + cls.position(image, row, columns.begin), windows);
       }
     }
   }
@@ -466,9 +443,9 @@ class WeightsRun {
     const PixelTable& table = scratch.checked[0];
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
     if (lists == Lists::kPacked) {
-      return table_.pack_lists[dtype_]({table.pixels, table.positions,
-                                        static_cast<int>(round_up(table.count, kPackPixels)), channels, scratch.values,
-                                        line_, scratch.lists, list_pitch(), scratch.counts, lines_apart()});
+      return table_.pack_lists[dtype_]({table.pixels, table.positions, static_cast<int>(table.count), channels,
+                                        scratch.values, line_, scratch.lists, list_pitch(), scratch.counts,
+                                        lines_apart()});
     }
     const int64_t nonzeros =
         table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});

@@ -40,7 +40,11 @@ ST_INLINE int list_word(uint16_t* list, uint64_t word, const uint16_t* integers)
   const uint16_t* begin = list;
   for (int i = 0; i < 64; i += Isa::kListLanes) {
     const uint64_t lanes = word >> i & kLaneBits;
-    Isa::compress_list(list, lanes, integers + i);
+    if constexpr (Isa::kListLanes > Isa::kLanes) {
+      Isa::compress_list(list, lanes, integers + i);
+    } else {
+      Isa::compress_u16(list, static_cast<uint32_t>(lanes), Isa::load_u16(integers + i));
+    }
     list += __builtin_popcountll(lanes);
   }
   return static_cast<int>(list - begin);

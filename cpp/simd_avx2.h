@@ -102,9 +102,6 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(src, bytes));
   }
   static constexpr int kListLanes = kLanes;
-  static ST_INLINE void compress_list(uint16_t* p, uint64_t mask, const uint16_t* from) {
-    compress_u16(p, static_cast<uint32_t>(mask), load_u16(from));
-  }
   static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
     // Bytes of 32 masks each, whose sign bits are collected eight times.
     const __m256i* from = reinterpret_cast<const __m256i*>(masks);

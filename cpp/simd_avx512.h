@@ -100,9 +100,6 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(packed));
   }
   static constexpr int kListLanes = kLanes;
-  static ST_INLINE void compress_list(uint16_t* p, uint64_t mask, const uint16_t* from) {
-    compress_u16(p, static_cast<uint32_t>(mask), load_u16(from));
-  }
   static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
     const __m512i a = _mm512_loadu_si512(masks), b = _mm512_loadu_si512(masks + 32);
     const auto join = [](__m256i lo, __m256i hi)

@@ -14,7 +14,7 @@
 //   compress          lanes named by mask, in order, to p[0..]; kLanes floats are written, the rest is garbage
 //   load_u16          kLanes 16-bit integers, as compress_u16 wants them
 //   compress_u16      compress for these
-//   compress_list     the same for kListLanes 16-bit integers in memory
+//   compress_list     the same for kListLanes 16-bit integers in memory. Only where these are more than kLanes
 //   transpose_bits    words[i] bit j = masks[j] bit i, i < kLanes, j < 64
 //   expand            p[0..popcount) to the lanes named by mask, zero elsewhere; kLanes floats are read
 //   transpose         r[i][j] <-> r[j][i]
@@ -167,9 +167,6 @@ struct Portable {
     }
   }
   static constexpr int kListLanes = kLanes;
-  static ST_INLINE void compress_list(uint16_t* p, uint64_t mask, const uint16_t* from) {
-    compress_u16(p, static_cast<uint32_t>(mask), load_u16(from));
-  }
   static ST_INLINE void transpose_bits(const uint16_t* masks, uint64_t* words) {
     uint64_t w[kLanes] = {};
     for (int j = 0; j < 64; ++j) {

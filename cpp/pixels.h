@@ -1,0 +1,99 @@
+// Pixels along an axis and the taps that meet them, blocks of pixels, and the integer divisions that both need.
+//
+// BWW and the masked BWI go by *classes*: pixels of one operand (the checked one in BWW, x in the masked BWI) that are
+// a stride apart meet the same taps, and neighbours in a class meet neighbours in a sub-image of the other operand. A
+// class is cut into blocks of images x rows x columns. The pixels that a block meets, halo included, have *positions*
+// one after another; padding between rows may be shared.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace sparsetrain {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+inline int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
+
+// Pixels start, start + step, ... of a class.
+struct PixelAxis {
+  int64_t start, step, count;
+};
+
+// Taps that a kernel computes together, and where they meet the other operand.
+struct TapAxis {
+  int64_t tap, tap_step;  // kernel index of tap 0, and from tap to tap
+  int taps;
+  int64_t start, step, count;  // the sub-image: pixels start, start + step, ... of the other operand
+  int64_t offset;              // pixel u of the class and tap j meet sub-image pixel u + j + offset
+};
+
+// Cuts a run of taps into `pieces` of nearly equal length.
+inline std::vector<TapAxis> cut(const TapAxis& axis, int pieces) {
+  std::vector<TapAxis> parts;
+  for (int i = 0, first = 0; i < pieces; ++i) {
+    TapAxis part = axis;
+    part.taps = (axis.taps - first + pieces - i - 1) / (pieces - i);
+    part.tap += first * axis.tap_step;
+    part.offset += first;
+    first += part.taps;
+    parts.push_back(part);
+  }
+  return parts;
+}
+
+// Padding before and after the sub-image pixels that all `pixels` pixels of a class meet: what neighbours may share.
+inline int64_t shared_halo(const TapAxis& axis, int64_t pixels) {
+  const int64_t before = std::max<int64_t>(0, -axis.offset);
+  const int64_t after = std::max<int64_t>(0, axis.offset + pixels + axis.taps - 1 - axis.count);
+  return std::min<int64_t>({before, after, axis.taps - 1});
+}
+
+// The positions that `pixels` pixels of a class from `first` on meet along an axis, and those of them, [begin, end),
+// that are not padding. Position i is sub-image pixel at + i.
+struct Meeting {
+  int64_t positions, at, begin, end;
+  Meeting(const TapAxis& axis, int64_t first, int64_t pixels)
+      : positions(pixels + axis.taps - 1),
+        at(first + axis.offset),
+        begin(std::clamp<int64_t>(-at, 0, positions)),
+        end(std::clamp<int64_t>(axis.count - at, begin, positions)) {}
+};
+
+// A block of pixels of a class: first image, row and column, and how many of each.
+struct Block {
+  int64_t image, row, column, images, rows, columns;
+};
+
+// Positions of a block.
+struct Positions {
+  int64_t pitch;       // between rows; halos of neighbouring rows overlap where both are padding
+  int64_t image_rows;  // rows between images
+
+  int64_t position(int64_t image, int64_t row, int64_t column) const {
+    return (image * image_rows + row) * pitch + column;
+  }
+};
+
+// The pixels of a class and how they are cut into blocks.
+struct PixelBlocks : Positions {
+  PixelAxis rows, columns;
+  int64_t block_images, block_rows, block_columns;
+  int64_t blocks[3];  // images, rows, columns
+
+  int64_t block_count() const { return blocks[0] * blocks[1] * blocks[2]; }
+  Block block(int64_t index, int64_t images) const {
+    Block b;
+    b.column = index % blocks[2] * block_columns;
+    b.row = index / blocks[2] % blocks[1] * block_rows;
+    b.image = index / (blocks[2] * blocks[1]) * block_images;
+    b.images = std::min(block_images, images - b.image);
+    b.rows = std::min(block_rows, rows.count - b.row);
+    b.columns = std::min(block_columns, columns.count - b.column);
+    return b;
+  }
+};
+
+}  // namespace sparsetrain
