@@ -322,10 +322,15 @@ double met_share(const PixelAxis& pixels, const TapAxis& axis) {
 
 int tile_channels(int vectors, int registers) { return (registers == 32 ? 24 : 12) / vectors; }
 
-// What one way to run the call would cost.
-double estimate(const WeightsPlan& plan, double density, const WeightsMachine& machine) {
+// What one way to run the call would cost: multiplying, and moving each operand once.
+struct Estimate {
+  double multiply = 0, pack = 0, copy = 0;  // `pack` the checked operand, `copy` the dense one
+  double total() const { return multiply + pack + copy; }
+};
+
+Estimate estimate(const WeightsPlan& plan, double density, const WeightsMachine& machine) {
   const Costs costs = costs_of(machine);
-  double cost = 0;
+  Estimate cost;
   const auto add = [&](const PixelClass& cls) {
     const double pixels = static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
     for (const TapGroup& group : cls.groups) {
@@ -334,16 +339,18 @@ double estimate(const WeightsPlan& plan, double density, const WeightsMachine& m
       if (plan.sparse) {
         const double walk = std::max(walk_lists(static_cast<int>(taps)) ? costs.walk : costs.mask_walk,
                                      costs.visit_fma + costs.visit / static_cast<double>(taps * group.vectors));
-        cost += pixels * plan.channels *
-                (density * walk * tap_vectors + costs.end / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
+        cost.multiply +=
+            pixels * plan.channels *
+            (density * walk * tap_vectors + costs.end / 64 * static_cast<double>(ceil_div(vectors, group.vectors)));
       } else {
         const int64_t tile = tile_channels(group.vectors, machine.registers), tiles = ceil_div(plan.channels, tile);
         const double met = met_share(cls.rows, group.rows) * met_share(cls.columns, group.columns);
-        cost += pixels * tiles * (tile * costs.tile * tap_vectors * met + costs.group);
+        cost.multiply += pixels * tiles * tile * costs.tile * tap_vectors * met;
+        cost.pack += pixels * tiles * costs.group;
       }
-      cost += pixels * vectors * costs.copy;
+      cost.copy += pixels * vectors * costs.copy;
     }
-    if (plan.sparse) cost += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
+    if (plan.sparse) cost.pack += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
   };
   for (const PixelClass& cls : plan.classes) cls.for_parts(add);
   return cost;
@@ -396,9 +403,24 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   return plan;
 }
 
+// The time until so many threads are done, each of which takes the next item whenever it has none: rounds of average
+// items, or the largest one. Every item packs its channels and copies its features.
+double makespan(const WeightsPlan& plan, const Estimate& cost, int threads) {
+  const int64_t channel_blocks = ceil_div(plan.channels, plan.channel_block);
+  const int64_t feature_blocks = ceil_div(plan.features, plan.feature_block);
+  const int64_t items = plan.chunks * channel_blocks * feature_blocks;
+  const double work =
+      cost.multiply + cost.pack * static_cast<double>(feature_blocks) + cost.copy * static_cast<double>(channel_blocks);
+  const double channels = std::min(1.0, static_cast<double>(plan.channel_block) / static_cast<double>(plan.channels));
+  const double features = std::min(1.0, static_cast<double>(plan.feature_block) / static_cast<double>(plan.features));
+  const double largest = cost.multiply * channels * features + cost.pack * channels + cost.copy * features;
+  return std::max(largest / static_cast<double>(plan.chunks),
+                  work * static_cast<double>(ceil_div(items, threads)) / static_cast<double>(items));
+}
+
 // Cuts drhs into items. The panel of an item (its sums between pixel blocks) and a packed pixel block should stay in
 // L2; every cut repeats packing (along features) or copying (along channels).
-void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
+void cut_items(const WeightsMachine& machine, const Estimate& cost, WeightsPlan& plan) {
   int64_t taps = 1, all_taps = 0, positions = 64, pixels = 0, blocks = 0, widest = 1;
   bool borders = false;
   for (const PixelClass& cls : plan.classes) {
@@ -435,20 +457,26 @@ void cut_items(const WeightsMachine& machine, WeightsPlan& plan) {
          2 * plan.chunks * sums <= 4 * machine.caches.l2_bytes) {
     plan.chunks *= 2;
   }
-  const auto items = [&plan] {
-    return plan.chunks * ceil_div(plan.channels, plan.channel_block) * ceil_div(plan.features, plan.feature_block);
-  };
-  // Few items: cut the longer side, down to sizes where repeated work would show.
-  const int64_t wanted = machine.threads > 1 && !plan.serial ? 2 * machine.threads : 1;
-  while (items() < wanted) {
-    const bool can_channels = plan.channel_block >= 4 * unit || (plan.channel_block >= 2 * unit && items() == 1);
-    const bool can_features = plan.feature_block >= 2 * std::max<int64_t>(width, 64);
-    if (can_channels && (plan.channel_block >= plan.feature_block || !can_features)) {
-      plan.channel_block = round_up(plan.channel_block / 2, unit);
-    } else if (can_features) {
-      plan.feature_block = round_up(plan.feature_block / 2, width);
-    } else {
-      break;
+  if (machine.threads == 1 || plan.serial) return;
+  // Items for all threads, which are done at about the same time: the fewest that do it.
+  const int64_t channel_pieces = ceil_div(plan.channels, plan.channel_block);
+  const int64_t feature_pieces = ceil_div(plan.features, plan.feature_block);
+  const int64_t most_items = std::max(4 * machine.threads / plan.chunks, channel_pieces * feature_pieces);
+  const int64_t narrowest_channels = std::min(2 * unit, plan.channel_block);
+  const int64_t narrowest_features = std::min(std::max<int64_t>(width, 64), plan.feature_block);
+  WeightsPlan cut = plan;
+  double least = makespan(plan, cost, machine.threads);
+  for (int64_t c = channel_pieces; c * feature_pieces <= most_items; ++c) {
+    cut.channel_block = round_up(ceil_div(plan.channels, c), unit);
+    if (cut.channel_block < narrowest_channels) break;
+    for (int64_t f = feature_pieces; c * f <= most_items; ++f) {
+      cut.feature_block = round_up(ceil_div(plan.features, f), width);
+      if (cut.feature_block < narrowest_features) break;
+      const double time = makespan(cut, cost, machine.threads);
+      if (time >= 0.99 * least) continue;
+      least = time;
+      plan.channel_block = cut.channel_block;
+      plan.feature_block = cut.feature_block;
     }
   }
 }
@@ -476,22 +504,23 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
     shape.s = shape.stride_w = 1;
     shape.pad_left = 0;
   }
-  const auto cheaper = [&](bool sparse, double& cost) {
+  Estimate cost[2];
+  const auto cheaper = [&](bool sparse) {
     const WeightsPlan lhs = plan_path(shape, true, sparse, densities.lhs, machine);
     const WeightsPlan g = plan_path(shape, false, sparse, densities.g, machine);
-    const double lhs_cost = estimate(lhs, densities.lhs, machine);
-    const double g_cost = estimate(g, densities.g, machine);
-    cost = std::min(lhs_cost, g_cost);
-    return lhs_cost <= g_cost ? lhs : g;
+    const Estimate lhs_cost = estimate(lhs, densities.lhs, machine), g_cost = estimate(g, densities.g, machine);
+    const bool lhs_checked = lhs_cost.total() <= g_cost.total();
+    cost[sparse] = lhs_checked ? lhs_cost : g_cost;
+    return lhs_checked ? lhs : g;
   };
-  double sparse_cost, dense_cost;
-  const WeightsPlan sparse = cheaper(true, sparse_cost), dense = cheaper(false, dense_cost);
+  const WeightsPlan sparse = cheaper(true), dense = cheaper(false);
+  const double sparse_cost = cost[true].total(), dense_cost = cost[false].total();
   WeightsPlan best = mode == Mode::kSparse || (mode == Mode::kAuto && sparse_cost < dense_cost) ? sparse : dense;
   best.sparse_cost = sparse_cost;
   best.dense_cost = dense_cost;
   best.fold = fold;
   best.serial = too_small_for_threads(std::min(sparse_cost, dense_cost), ceil_div(shape.rhs_size(), best.lanes));
-  cut_items(machine, best);
+  cut_items(machine, cost[best.sparse], best);
   return best;
 }
 
