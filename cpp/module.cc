@@ -25,10 +25,12 @@ using namespace sparsetrain;
 namespace {
 
 // `density` is that of the operand whose zeros are skipped, of lhs where there is a choice. `fmas`, if given: for
-// a machine like this one with so many 512-bit multiply-adds a cycle.
+// a machine like this one with so many 512-bit multiply-adds a cycle. `threads` are those of BWW and the masked BWI.
 std::map<std::string, std::string> plan(const std::string& component, const std::vector<int64_t>& dims,
-                                        const std::vector<int64_t>& geometry, double density, std::optional<int> fmas) {
+                                        const std::vector<int64_t>& geometry, double density, std::optional<int> fmas,
+                                        int threads) {
   if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
+  if (threads < 1) throw std::invalid_argument("plan: threads must be positive");
   if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
   const int64_t sh = geometry[0], sw = geometry[1];
   ConvShape shape{dims[0], dims[1], dims[2], dims[3], dims[5],     dims[6],    dims[4],
@@ -48,9 +50,9 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   } else if (component == "bwd_input") {
     pairs = describe(plan_data(DataOp::kBwdInput, shape, Mode::kAuto, DType::kF32, density, machine, k));
   } else if (component == "bwd_weights") {
-    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, 1});
+    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, threads});
   } else if (component == "bwd_input_masked") {
-    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, 1});
+    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, threads});
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }
@@ -110,5 +112,5 @@ NB_MODULE(_native, m) {
   m.def("widen", &widen, nb::arg("dtype"), nb::arg("values"));
   m.def("narrow", &narrow, nb::arg("dtype"), nb::arg("values"));
   m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"), nb::arg("density"),
-        nb::arg("fmas") = nb::none());
+        nb::arg("fmas") = nb::none(), nb::arg("threads") = 1);
 }

@@ -1,4 +1,4 @@
-// Pixels along an axis and the taps that meet them, blocks of pixels, and the integer divisions that both need.
+// Pixels along an axis and the taps that meet them, blocks of pixels, and the integer divisions that plans need.
 //
 // BWW and the masked BWI go by *classes*: pixels of one operand (the checked one in BWW, x in the masked BWI) that are
 // a stride apart meet the same taps, and neighbours in a class meet neighbours in a sub-image of the other operand. A

@@ -403,16 +403,21 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   return plan;
 }
 
+// A way to cut drhs into items.
+struct Cut {
+  int64_t channel_block, feature_block;
+};
+
 // The time until so many threads are done, each of which takes the next item whenever it has none: rounds of average
 // items, or the largest one. Every item packs its channels and copies its features.
-double makespan(const WeightsPlan& plan, const Estimate& cost, int threads) {
-  const int64_t channel_blocks = ceil_div(plan.channels, plan.channel_block);
-  const int64_t feature_blocks = ceil_div(plan.features, plan.feature_block);
+double makespan(const WeightsPlan& plan, const Cut& cut, const Estimate& cost, int threads) {
+  const int64_t channel_blocks = ceil_div(plan.channels, cut.channel_block);
+  const int64_t feature_blocks = ceil_div(plan.features, cut.feature_block);
   const int64_t items = plan.chunks * channel_blocks * feature_blocks;
   const double work =
       cost.multiply + cost.pack * static_cast<double>(feature_blocks) + cost.copy * static_cast<double>(channel_blocks);
-  const double channels = std::min(1.0, static_cast<double>(plan.channel_block) / static_cast<double>(plan.channels));
-  const double features = std::min(1.0, static_cast<double>(plan.feature_block) / static_cast<double>(plan.features));
+  const double channels = std::min(1.0, static_cast<double>(cut.channel_block) / static_cast<double>(plan.channels));
+  const double features = std::min(1.0, static_cast<double>(cut.feature_block) / static_cast<double>(plan.features));
   const double largest = cost.multiply * channels * features + cost.pack * channels + cost.copy * features;
   return std::max(largest / static_cast<double>(plan.chunks),
                   work * static_cast<double>(ceil_div(items, threads)) / static_cast<double>(items));
@@ -458,27 +463,26 @@ void cut_items(const WeightsMachine& machine, const Estimate& cost, WeightsPlan&
     plan.chunks *= 2;
   }
   if (machine.threads == 1 || plan.serial) return;
-  // Items for all threads, which are done at about the same time: the fewest that do it.
+  // Items for all threads, which are done at about the same time: few, and more of them only where they gain by it.
   const int64_t channel_pieces = ceil_div(plan.channels, plan.channel_block);
   const int64_t feature_pieces = ceil_div(plan.features, plan.feature_block);
   const int64_t most_items = std::max(4 * machine.threads / plan.chunks, channel_pieces * feature_pieces);
-  const int64_t narrowest_channels = std::min(2 * unit, plan.channel_block);
-  const int64_t narrowest_features = std::min(std::max<int64_t>(width, 64), plan.feature_block);
-  WeightsPlan cut = plan;
-  double least = makespan(plan, cost, machine.threads);
+  const int64_t narrowest = std::min(std::max<int64_t>(width, 64), plan.feature_block);
+  Cut best = {plan.channel_block, plan.feature_block};
+  double least = makespan(plan, best, cost, machine.threads);
   for (int64_t c = channel_pieces; c * feature_pieces <= most_items; ++c) {
-    cut.channel_block = round_up(ceil_div(plan.channels, c), unit);
-    if (cut.channel_block < narrowest_channels) break;
+    const int64_t channel_block = round_up(ceil_div(plan.channels, c), unit);
+    if (ceil_div(plan.channels, channel_block) < c) continue;  // the same block as before
     for (int64_t f = feature_pieces; c * f <= most_items; ++f) {
-      cut.feature_block = round_up(ceil_div(plan.features, f), width);
-      if (cut.feature_block < narrowest_features) break;
-      const double time = makespan(cut, cost, machine.threads);
-      if (time >= 0.99 * least) continue;
-      least = time;
-      plan.channel_block = cut.channel_block;
-      plan.feature_block = cut.feature_block;
+      const Cut cut = {channel_block, round_up(ceil_div(plan.features, f), width)};
+      if (cut.feature_block < narrowest) break;
+      if (ceil_div(plan.features, cut.feature_block) < f) continue;
+      const double time = makespan(plan, cut, cost, machine.threads);
+      if (time < 0.99 * least) best = cut, least = time;
     }
   }
+  plan.channel_block = best.channel_block;
+  plan.feature_block = best.feature_block;
 }
 
 }  // namespace
@@ -543,6 +547,8 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("feature_block", std::to_string(plan.feature_block));
   add("serial", std::to_string(plan.serial));
   add("chunks", std::to_string(plan.chunks));
+  add("items", std::to_string(plan.chunks * ceil_div(plan.channels, plan.channel_block) *
+                              ceil_div(plan.features, plan.feature_block)));
   add("pixel_classes", std::to_string(plan.classes.size()));
   const PixelClass& cls = plan.classes.front();
   add("borders", std::to_string(cls.borders.size()));

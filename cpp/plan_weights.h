@@ -12,10 +12,10 @@
 // saves more than their lists and sums cost.
 //
 // Blocking, from outside in, in the order of the loops in run_weights.cc:
-//   item           a channel block x feature block of drhs x a chunk of the pixels: the unit of work of a thread.
-//   Chunks
-//                  come first, where pixels are many for the size of drhs, because they repeat no packing or copying;
-//                  their sums are added in order, and their number depends on the shape alone
+//   item           a channel block x feature block of drhs x a chunk of the pixels: what a thread works on. Chunks come
+//                  first, where pixels are many for the size of drhs, because they repeat no packing or copying; their
+//                  sums are added in order, and their number depends on the shape alone. Blocks are as few as keep all
+//                  threads busy for the same time, because each packs its channels and copies its features again
 //   pixel block    images x rows x columns of a class: packed once per item; sums wait in a panel between blocks
 //   group, step    taps x vectors of features in registers: the dense block of a step stays in L1
 //

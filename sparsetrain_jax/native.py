@@ -67,7 +67,12 @@ def reset_counters() -> None:
 
 
 def plan(
-    component: str, dims: Sequence[int], geometry: Sequence[int], density: float = 0.5, fmas: int | None = None
+    component: str,
+    dims: Sequence[int],
+    geometry: Sequence[int],
+    density: float = 0.5,
+    fmas: int | None = None,
+    threads: int = 1,
 ) -> dict[str, int | float | str]:
     """What the handler of ``component`` would do: blocking, loop order, the densities at which it changes kernels.
 
@@ -77,8 +82,9 @@ def plan(
       geometry: :attr:`~sparsetrain_jax.shapes.ConvSpec.geometry`.
       density: fraction of non-zeros of the operand whose zeros are skipped; for the weights, and with a mask, of lhs.
       fmas: 512-bit multiply-adds a cycle, 1 or 2, of the machine to plan for. ``None``: those of this machine.
+      threads: that share the call, for the weights and with a mask; they change how work is cut, never a sum.
     """
-    plan = _native.plan(component, list(dims), list(geometry), density, fmas)
+    plan = _native.plan(component, list(dims), list(geometry), density, fmas, threads)
     return {key: _number(value) for key, value in plan.items()}
 
 

@@ -90,6 +90,24 @@ def test_two_threads_can_divide_the_work_of_any_call_finely(component: str, dens
         assert int(plan["shares"]) >= 8, (dims, plan)
 
 
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("channels", [32, 48, 64, 96, 250])
+@pytest.mark.parametrize("hw,size", [(14, 3), (28, 3), (28, 1), (7, 5)])
+def test_bwd_weights_leave_no_thread_without_work(hw: int, size: int, channels: int, density: float, isa: str) -> None:
+    geometry = [1, 1, *[size // 2] * 4]
+    for images in (4, 8, 16):
+        dims = [images, hw, hw, channels, 2 * channels, size, size]
+        plan = native.plan("bwd_weights", dims, geometry, density, threads=2)
+        assert int(plan["serial"]) or int(plan["items"]) >= 2, (dims, plan)
+        alone = native.plan("bwd_weights", dims, geometry, density)
+        assert plan["chunks"] == alone["chunks"]  # the sums depend on them
+
+
+def test_plans_are_cut_for_at_least_one_thread() -> None:
+    with pytest.raises(ValueError, match="threads must be positive"):
+        native.plan("bwd_weights", [1, 7, 7, 16, 16, 3, 3], [1, 1, 1, 1, 1, 1], threads=0)
+
+
 @pytest.mark.parametrize("fmas", [-1, 0, 3])
 def test_no_machine_has_such_a_number_of_multiply_adds(fmas: int) -> None:
     with pytest.raises(ValueError, match="fmas"):
