@@ -464,8 +464,7 @@ void cut_items(const WeightsMachine& machine, const Estimate& cost, WeightsPlan&
   }
   if (machine.threads == 1 || plan.serial) return;
   // Items for all threads, which are done at about the same time: few, and more of them only where they gain by it.
-  const int64_t channel_pieces = ceil_div(plan.channels, plan.channel_block);
-  const int64_t feature_pieces = ceil_div(plan.features, plan.feature_block);
+  const int64_t channel_pieces = plan.channel_blocks(), feature_pieces = plan.feature_blocks();
   const int64_t most_items = std::max(4 * machine.threads / plan.chunks, channel_pieces * feature_pieces);
   const int64_t narrowest = std::min(std::max<int64_t>(width, 64), plan.feature_block);
   Cut best = {plan.channel_block, plan.feature_block};
@@ -547,8 +546,7 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("feature_block", std::to_string(plan.feature_block));
   add("serial", std::to_string(plan.serial));
   add("chunks", std::to_string(plan.chunks));
-  add("items", std::to_string(plan.chunks * ceil_div(plan.channels, plan.channel_block) *
-                              ceil_div(plan.features, plan.feature_block)));
+  add("items", std::to_string(plan.items()));
   add("pixel_classes", std::to_string(plan.classes.size()));
   const PixelClass& cls = plan.classes.front();
   add("borders", std::to_string(cls.borders.size()));

@@ -90,6 +90,10 @@ struct WeightsPlan {
   int64_t channel_block, feature_block;
   int64_t chunks;                  // of the pixel blocks of each class, summed in order at the end
   double sparse_cost, dense_cost;  // estimates that led to `sparse`, in multiply-adds of a vector
+
+  int64_t channel_blocks() const { return ceil_div(channels, channel_block); }
+  int64_t feature_blocks() const { return ceil_div(features, feature_block); }
+  int64_t items() const { return chunks * channel_blocks() * feature_blocks(); }
 };
 
 struct WeightsMachine {

@@ -31,8 +31,7 @@ struct Item {
 };
 
 Item item_of(const WeightsPlan& plan, int64_t index) {
-  const int64_t channel_blocks = ceil_div(plan.channels, plan.channel_block);
-  const int64_t feature_blocks = ceil_div(plan.features, plan.feature_block);
+  const int64_t channel_blocks = plan.channel_blocks(), feature_blocks = plan.feature_blocks();
   Item item;
   item.channel = index % channel_blocks * plan.channel_block;
   item.channels = std::min(plan.channel_block, plan.channels - item.channel);
@@ -137,9 +136,7 @@ class WeightsRun {
     size_scratch();
   }
 
-  int64_t items() const {
-    return ceil_div(plan_.channels, plan_.channel_block) * ceil_div(plan_.features, plan_.feature_block) * plan_.chunks;
-  }
+  int64_t items() const { return plan_.items(); }
   size_t chunk_bytes() const { return plan_.chunks * chunk_floats() * sizeof(float); }
   int64_t reductions() const { return items() / plan_.chunks * slices() * static_cast<int64_t>(plan_.classes.size()); }
 
