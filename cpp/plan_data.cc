@@ -89,15 +89,16 @@ struct Costs {
   double visit;         // finding a channel, its broadcast
   double ends;          // of a pair of pixels: its three lists
   double sums;          // moving a vector of sums of a pixel in and out
+  double misses;        // at a density of .6, more for a multiply-add whose filter block fills L1
   double scan;          // finding the zeros of 16 channels of a pixel in place
 };
 
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 3};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 3, 3};
-  return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 6};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 0.05, 3};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 3, 0.1, 3};
+  return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 0.1, 6};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -116,8 +117,10 @@ struct Blocking {
   double cost;
 };
 
-// Of sweeps that visit a share `density` of the channels, one by one.
-double walk_cost(const Costs& costs, double density, double load, int taps, int vectors, int channel_block) {
+// Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: the block of the widest
+// strand takes all of L1; others' are smaller.
+double walk_cost(const Costs& costs, double density, bool fills, int taps, int vectors, int channel_block) {
+  const double load = costs.load * (fills ? 1 + costs.misses * (0.4 + density) : 1);
   return density * (taps * vectors * load + costs.visit) + (costs.sums * vectors + costs.ends / 2) / channel_block;
 }
 
@@ -136,7 +139,6 @@ double dense_cost(const Costs& costs, const Kernels& kernels, int taps, int vect
 Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int taps, bool dense, double density,
                          const DataPlan& plan) {
   const Costs costs = costs_of(machine, kernels);
-  constexpr double kMisses = 1.07;  // of a filter block that fills L1
   const int64_t needed = ceil_div(plan.features, kernels.lanes);
   Blocking best{};
   // Unused lanes of the last block count like any others.
@@ -150,10 +152,15 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
       if (whole_l1 && dense) continue;
       const int64_t bytes = whole_l1 ? machine.l1_bytes : machine.l1_bytes * 3 / 4;
       const int channel_block = channels_in_block(bytes, kernels.lanes, taps, v, plan.channels);
-      const double load = costs.load * (whole_l1 ? kMisses : 1);
       const auto cost_of = [&](int vectors) {
-        return dense ? dense_cost(costs, kernels, taps, vectors, channel_block)
-                     : walk_cost(costs, density, load, taps, vectors, channel_block);
+        if (dense) return dense_cost(costs, kernels, taps, vectors, channel_block);
+        double cost = 0;
+        for (const ColumnClass& c : plan.classes) {
+          for (const Strand& s : c.strands) {
+            cost += walk_cost(costs, density, whole_l1 && s.taps == taps, s.taps, vectors, channel_block);
+          }
+        }
+        return cost;
       };
       const double cost = static_cast<double>(blocks - 1) * cost_of(v) + cost_of(last);
       if (best.vectors == 0 || cost < best.cost) best = {v, last, blocks, channel_block, cost};
