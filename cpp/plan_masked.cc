@@ -9,6 +9,7 @@
 namespace sparsetrain {
 namespace {
 
+constexpr double kFew = 0.18;     // below: non-zeros ask for few of the lines that they could meet
 constexpr double kEmptyCost = 1;  // writing zeros where no tap meets a class, per element
 // Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
@@ -83,12 +84,13 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
   }
 }
 
-// Channels whose filters stay in L1 with this many vectors of features. Few non-zeros ask for few of them in turn: then
-// longer lists are worth a block that is larger than L1.
+// Channels whose filters stay near with this many vectors of features. Few non-zeros ask for few of them in turn: then
+// longer lists are worth a block that is larger than L1, and where there is one multiply-add a cycle they always are.
 int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
-  constexpr double kFew = 0.25;
-  const int64_t bytes = machine.caches.l1_bytes * (density < kFew ? 14 : 7) / 10;
-  const int64_t fits = bytes / (4 * vectors * machine.lanes);
+  const bool single_fma = machine.caches.single_fma(machine.lanes);
+  const double share = single_fma ? (density < kFew ? 2.4 : 1.4) : (density < 0.25 ? 1.4 : 0.7);
+  const int64_t fits =
+      static_cast<int64_t>(share * static_cast<double>(machine.caches.l1_bytes)) / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
   return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
 }
@@ -163,13 +165,15 @@ void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   }
 }
 
-// Pixels of a block: of a product, so that its g stays in L1; of points, so that their lists and values and the g of
-// this step and the next take a quarter of L2: the filters that pass by need the rest.
-int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, const WeightsMachine& machine) {
+// Pixels of a block: of a product, so that its g stays in L1, or nearly if few of its lines are asked for; of points,
+// so that their lists and values and the g of this step and the next take a quarter of L2: the filters that pass by
+// need the rest.
+int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const WeightsMachine& machine) {
   int widest = 1;
   for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
   const int64_t bytes = 4 * widest * plan.lanes;
-  if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * 9 / 10 / bytes, 16, 1024);
+  const int64_t tenths = !machine.caches.single_fma(machine.lanes) ? 9 : density < kFew ? 12 : 10;
+  if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
   const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
   const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
   return std::clamp<int64_t>(machine.caches.l2_bytes / 4 / point_bytes, 32, 256);
@@ -192,7 +196,7 @@ void plan_product(double density, const WeightsMachine& machine, MaskedPlan& pla
           for (const TapAxis& columns : cut(column.taps)) add_steps(rows, columns, machine, plan, cls);
         }
       }
-      block_pixels(shape, block_budget(plan, cls, machine), cls);
+      block_pixels(shape, block_budget(plan, cls, density, machine), cls);
       plan.classes.push_back(std::move(cls));
     }
   }

@@ -153,9 +153,10 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
     taps = std::max<int64_t>(taps, group.rows.taps * group.columns.taps);
   }
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it or non-zeros are few and touch it less. Tiles with several taps sweep it in order, from L2 as well, and gain
-  // from small halos and sums that stay in registers for longer.
-  const bool few = halo_rows > 0 && density < kFew, high = halo_rows > 2;
+  // of it, where a few taps leave little to do between the moves of sums, or non-zeros are few and touch it less. Tiles
+  // with several taps sweep it in order, from L2 as well, and gain from small halos and sums that stay in registers for
+  // longer.
+  const bool few = halo_rows > 0 && density < kFew, high = halo_rows > 2 || (taps > 1 && taps <= 4);
   const TapGroup& first = cls.groups.front();
   const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
   const int64_t tenths = !plan.sparse ? 7 : few ? 11 : all ? 10 : high ? 9 : 7;
