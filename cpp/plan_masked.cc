@@ -29,13 +29,16 @@ struct Costs {
   double point;          // a point and block of channels: the mispredicted end
   double point_vector;   // its features, per vector, from L2
   double point_entry;    // an entry of its list: the sum over lanes
+  double point_again;    // more for one in a step that adds to what others left
   double point_fma;      // a multiply-add of an entry
+  double point_wide;     // as many times that in steps of more than eight vectors
   double point_element;  // listing and storing an element
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {1.12, 1.8, 110, 15, 0.7, 0.98, 20, 1.4, 1.5, 0.93, 0.9};
-  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 2.1};
+  if (machine.caches.single_fma(machine.lanes))
+    return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 2.2, 0.93, 1.13, 0.9};
+  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0, 0.91, 1, 2.1};
 }
 
 // A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these
@@ -87,10 +90,8 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
 // Channels whose filters stay near with this many vectors of features. Few non-zeros ask for few of them in turn: then
 // longer lists are worth a block that is larger than L1, and where there is one multiply-add a cycle they always are.
 int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
-  const bool single_fma = machine.caches.single_fma(machine.lanes);
-  const double share = single_fma ? (density < kFew ? 2.4 : 1.4) : (density < 0.25 ? 1.4 : 0.7);
-  const int64_t fits =
-      static_cast<int64_t>(share * static_cast<double>(machine.caches.l1_bytes)) / (4 * vectors * machine.lanes);
+  const bool large = density < 0.25 || machine.caches.single_fma(machine.lanes);
+  const int64_t fits = machine.caches.l1_bytes * (large ? 14 : 7) / 10 / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
   return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
 }
@@ -102,8 +103,10 @@ double point_cost(const ConvShape& shape, int64_t steps, int vectors, double den
   const int64_t blocks = ceil_div(shape.c, filter_block(shape.c, vectors, density, machine));
   const double lists = static_cast<double>(steps * blocks);
   const double entries = density * channels * static_cast<double>(steps) + kRounding * lists;
-  return lists * (costs.point + costs.point_vector * vectors) +
-         entries * (costs.point_entry + costs.point_fma * vectors) + costs.point_element * channels;
+  const double fma = costs.point_fma * (vectors > 8 ? costs.point_wide : 1);
+  const double again = costs.point_again * static_cast<double>(steps - 1) / static_cast<double>(steps);
+  return lists * (costs.point + costs.point_vector * vectors) + entries * (costs.point_entry + again + fma * vectors) +
+         costs.point_element * channels;
 }
 
 void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density, const WeightsMachine& machine,
@@ -172,7 +175,7 @@ int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double dens
   int widest = 1;
   for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
   const int64_t bytes = 4 * widest * plan.lanes;
-  const int64_t tenths = !machine.caches.single_fma(machine.lanes) ? 9 : density < kFew ? 12 : 10;
+  const int64_t tenths = !machine.caches.single_fma(machine.lanes) ? 9 : density < kFew ? 12 : density < 0.4 ? 10 : 9;
   if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
   const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
   const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
