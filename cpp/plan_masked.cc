@@ -29,16 +29,16 @@ struct Costs {
   double point;          // a point and block of channels: the mispredicted end
   double point_vector;   // its features, per vector, from L2
   double point_entry;    // an entry of its list: the sum over lanes
-  double point_again;    // more for one in a step that adds to what others left
   double point_fma;      // a multiply-add of an entry
   double point_wide;     // as many times that in steps of more than eight vectors
   double point_element;  // listing and storing an element
+  double point_steps;    // as many times all that where there are several steps, whatever their width
 };
 
 Costs costs_of(const WeightsMachine& machine) {
   if (machine.caches.single_fma(machine.lanes))
-    return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 2.2, 0.93, 1.13, 0.9};
-  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0, 0.91, 1, 2.1};
+    return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 0.93, 1.13, 0.9, 1.13};
+  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 1, 2.1, 1};
 }
 
 // A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these
@@ -104,8 +104,7 @@ double point_cost(const ConvShape& shape, int64_t steps, int vectors, double den
   const double lists = static_cast<double>(steps * blocks);
   const double entries = density * channels * static_cast<double>(steps) + kRounding * lists;
   const double fma = costs.point_fma * (vectors > 8 ? costs.point_wide : 1);
-  const double again = costs.point_again * static_cast<double>(steps - 1) / static_cast<double>(steps);
-  return lists * (costs.point + costs.point_vector * vectors) + entries * (costs.point_entry + again + fma * vectors) +
+  return lists * (costs.point + costs.point_vector * vectors) + entries * (costs.point_entry + fma * vectors) +
          costs.point_element * channels;
 }
 
@@ -243,8 +242,9 @@ void estimate(const Densities& densities, const WeightsMachine& machine, MaskedP
     } else if (cls.steps.empty()) {
       product += kEmptyCost * pixels * channels;
     } else {
-      product += pixels * point_cost(shape, static_cast<int64_t>(cls.steps.size()), cls.steps.front().vectors,
-                                     densities.lhs, machine);
+      const int64_t steps = static_cast<int64_t>(cls.steps.size());
+      product += pixels * point_cost(shape, steps, cls.steps.front().vectors, densities.lhs, machine) *
+                 (steps > 1 ? costs.point_steps : 1);
     }
   }
   if (4 * plan.filter_floats > machine.caches.l2_bytes / 2) product += costs.filter * plan.filter_floats / plan.lanes;
