@@ -167,14 +167,18 @@ void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   }
 }
 
-// Pixels of a block: of a product, so that its g stays in L1, or nearly if few of its lines are asked for; of points,
-// so that their lists and values and the g of this step and the next take a quarter of L2: the filters that pass by
-// need the rest.
+// Pixels of a block: of a product, so that its g stays in L1, or nearly if few of its lines are asked for, or for few
+// taps; of points, so that their lists and values and the g of this step and the next take a quarter of L2: the filters
+// that pass by need the rest.
 int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const WeightsMachine& machine) {
-  int widest = 1;
-  for (const MaskedStep& step : cls.steps) widest = std::max(widest, step.vectors);
+  int widest = 1, taps = 1;
+  for (const MaskedStep& step : cls.steps) {
+    widest = std::max(widest, step.vectors);
+    taps = std::max(taps, step.rows.taps * step.columns.taps);
+  }
   const int64_t bytes = 4 * widest * plan.lanes;
-  const int64_t tenths = !machine.caches.single_fma(machine.lanes) ? 9 : density < kFew ? 12 : density < 0.4 ? 10 : 9;
+  int64_t tenths = 9;
+  if (machine.caches.single_fma(machine.lanes)) tenths = density < kFew ? 12 : taps <= 4 ? 10 : 9;
   if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
   const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
   const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
