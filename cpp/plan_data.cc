@@ -89,16 +89,17 @@ struct Costs {
   double visit;         // finding a channel, its broadcast
   double ends;          // of a pair of pixels: its three lists
   double sums;          // moving a vector of sums of a pixel in and out
-  double misses;        // at a density of .6, more for a multiply-add whose filter block fills L1
+  double misses;        // more for a multiply-add whose filter block fills L1,
+  double dense_misses;  // and yet more, times the density
   double scan;          // finding the zeros of 16 channels of a pixel in place
 };
 
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 0.05, 3};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 3, 0.1, 3};
-  return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 0.1, 6};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 0.02, 0.05, 3};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 3, 0.07, 0, 3};
+  return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 0.07, 0, 6};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -120,7 +121,7 @@ struct Blocking {
 // Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: the block of the widest
 // strand takes all of L1; others' are smaller.
 double walk_cost(const Costs& costs, double density, bool fills, int taps, int vectors, int channel_block) {
-  const double load = costs.load * (fills ? 1 + costs.misses * (0.4 + density) : 1);
+  const double load = costs.load * (fills ? 1 + costs.misses + costs.dense_misses * density : 1);
   return density * (taps * vectors * load + costs.visit) + (costs.sums * vectors + costs.ends / 2) / channel_block;
 }
 
