@@ -399,7 +399,8 @@ struct Pack {
   }
 };
 
-// The lists of kLanes channels from `first` on. kNear: L1 holds the lines of twice kLanes pixels.
+// The lists of kLanes channels from `first` on. kNear: L1 holds the lines of twice kLanes pixels; if not, the next
+// lines of all pixels go to L2 meanwhile.
 template <class Isa, class T, bool kNear>
 ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first) {
   static_assert(kPackPixels % Isa::kLanes == 0);
@@ -414,6 +415,10 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
       const int next = p + kLanes < args.count ? p + kLanes : p;
       unroll<kLanes>([&](auto i)
                          ST_LAMBDA { __builtin_prefetch(static_cast<const T*>(args.pixels[next + i]) + first, 0, 3); });
+    } else if (first + kLanes < args.channels) {
+      unroll<kLanes>([&](auto i) ST_LAMBDA {
+        __builtin_prefetch(static_cast<const T*>(args.pixels[p + i]) + first + kLanes, 0, 2);
+      });
     }
     load_transposed<Isa, T, kNear>(args.pixels + p, first, channels, v);
     const typename Isa::U16 positions = Isa::load_u16(args.positions + p);
