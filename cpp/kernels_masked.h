@@ -5,7 +5,7 @@
 // lanes. Work goes by blocks of pixels:
 //
 //   lists    per channel, from the masks of x: where in g the active pixels find their first tap
-//   copy     of g with its halo, for one step of features, into scratch that stays in L1: [position][features]
+//   copy     of g with its halo, for one step of features, into scratch that L1 about holds: [position][features]
 //   product  per channel: its filter, all taps x features of the step, sits in registers; four entries of the list at a
 //            time meet their windows of g with one multiply-add with a memory operand for each filter vector. The four
 //            sums over lanes become one vector of four values, by a tree of shuffles

@@ -404,7 +404,7 @@ struct Pack {
 template <class Isa, class T, bool kNear>
 ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first) {
   static_assert(kPackPixels % Isa::kLanes == 0);
-  constexpr int kLanes = Isa::kLanes;
+  constexpr int kLanes = Isa::kLanes, kLine = 64 / sizeof(T);
   const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
   float* values = args.values + first * args.value_pitch;
   uint16_t* lists = args.lists + first * args.list_pitch;
@@ -415,9 +415,9 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
       const int next = p + kLanes < args.count ? p + kLanes : p;
       unroll<kLanes>([&](auto i)
                          ST_LAMBDA { __builtin_prefetch(static_cast<const T*>(args.pixels[next + i]) + first, 0, 3); });
-    } else if (first + kLanes < args.channels) {
+    } else if (first + kLine < args.channels) {
       unroll<kLanes>([&](auto i) ST_LAMBDA {
-        __builtin_prefetch(static_cast<const T*>(args.pixels[p + i]) + first + kLanes, 0, 2);
+        __builtin_prefetch(static_cast<const T*>(args.pixels[p + i]) + first + kLine, 0, 2);
       });
     }
     load_transposed<Isa, T, kNear>(args.pixels + p, first, channels, v);

@@ -89,7 +89,7 @@ struct Costs {
   double visit;         // finding a channel, its broadcast
   double ends;          // of a pair of pixels: its three lists
   double sums;          // moving a vector of sums of a pixel in and out
-  double misses;        // more for a multiply-add whose filter block fills L1,
+  double misses;        // as a share of load: more for a multiply-add whose filter block fills L1,
   double dense_misses;  // and yet more, times the density
   double scan;          // finding the zeros of 16 channels of a pixel in place
 };
@@ -110,7 +110,8 @@ int channels_in_block(int64_t bytes, int lanes, int taps, int vectors, int64_t c
   return static_cast<int>(ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes);  // even blocks
 }
 
-// A way to cut features and channels into filter blocks, and what a pixel and channel cost with it.
+// A way to cut features and channels into filter blocks, and what a pixel and channel cost with it: in walks of all
+// strands, in dense sweeps of the widest.
 struct Blocking {
   int vectors, last_vectors;
   int64_t blocks;
@@ -118,8 +119,8 @@ struct Blocking {
   double cost;
 };
 
-// Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: the block of the widest
-// strand takes all of L1; others' are smaller.
+// Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: its filter block takes
+// all of L1.
 double walk_cost(const Costs& costs, double density, bool fills, int taps, int vectors, int channel_block) {
   const double load = costs.load * (fills ? 1 + costs.misses + costs.dense_misses * density : 1);
   return density * (taps * vectors * load + costs.visit) + (costs.sums * vectors + costs.ends / 2) / channel_block;
@@ -135,8 +136,8 @@ double dense_cost(const Costs& costs, const Kernels& kernels, int taps, int vect
 }
 
 // The cheapest blocking of features and channels. A filter block takes three quarters of L1, which it shares with the
-// sums and pixels that pass by; for few non-zeros all of it, because they ask for few of its lines in turn and larger
-// blocks move sums and end lists less often.
+// sums and pixels that pass by; or all of it, which costs less the fewer of its lines non-zeros ask for in turn:
+// larger blocks move sums and end lists less often.
 Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int taps, bool dense, double density,
                          const DataPlan& plan) {
   const Costs costs = costs_of(machine, kernels);

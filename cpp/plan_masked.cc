@@ -9,7 +9,9 @@
 namespace sparsetrain {
 namespace {
 
-constexpr double kFew = 0.18;     // below: non-zeros ask for few of the lines that they could meet
+// Below, non-zeros ask for few of the lines that they could meet: where there is one multiply-add a cycle, and
+// elsewhere.
+constexpr double kFewSingleFma = 0.18, kFew = 0.25;
 constexpr double kEmptyCost = 1;  // writing zeros where no tap meets a class, per element
 // Skipping the zeros of g, as a share of the dense BWI: what it costs whatever their number, per non-zero, and at most.
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
@@ -90,13 +92,13 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
 // Channels whose filters stay near with this many vectors of features. Few non-zeros ask for few of them in turn: then
 // longer lists are worth a block that is larger than L1, and where there is one multiply-add a cycle they always are.
 int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
-  const bool large = density < 0.25 || machine.caches.single_fma(machine.lanes);
+  const bool large = density < kFew || machine.caches.single_fma(machine.lanes);
   const int64_t fits = machine.caches.l1_bytes * (large ? 14 : 7) / 10 / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
   return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
 }
 
-// Of a point of x, with steps of this many vectors.
+// Of a point of x, with steps of this many vectors. Leaves out point_steps, by which no width would be better.
 double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const WeightsMachine& machine) {
   const Costs costs = costs_of(machine);
   const double channels = static_cast<double>(shape.c);
@@ -128,7 +130,7 @@ void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density
   for (int64_t i = 0; i < best_steps; ++i) add_step(rows, columns, i * best * plan.lanes, best, plan, cls);
 }
 
-// The block with its halo stays in L1; fewest blocks, because every block reads all filters.
+// The block with its halo has at most `budget` pixels; fewest blocks, because every block reads all filters.
 void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   const int64_t height = cls.rows.count, width = cls.columns.count;
   int64_t fewest = 0;
@@ -167,9 +169,9 @@ void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   }
 }
 
-// Pixels of a block: of a product, so that its g stays in L1, or nearly if few of its lines are asked for, or for few
-// taps; of points, so that their lists and values and the g of this step and the next take a quarter of L2: the filters
-// that pass by need the rest.
+// Pixels of a block: of a product, so that its g stays in L1, or nearly where that was found to pay: for few non-zeros
+// or taps; of points, so that their lists and values and the g of this step and the next take a quarter of L2: the
+// filters that pass by need the rest.
 int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const WeightsMachine& machine) {
   int widest = 1, taps = 1;
   for (const MaskedStep& step : cls.steps) {
@@ -177,9 +179,11 @@ int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double dens
     taps = std::max(taps, step.rows.taps * step.columns.taps);
   }
   const int64_t bytes = 4 * widest * plan.lanes;
-  int64_t tenths = 9;
-  if (machine.caches.single_fma(machine.lanes)) tenths = density < kFew ? 12 : taps <= 4 ? 10 : 9;
-  if (!cls.points) return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
+  if (!cls.points) {
+    const bool single_fma = machine.caches.single_fma(machine.lanes);
+    const int64_t tenths = single_fma && density < kFewSingleFma ? 12 : single_fma && taps <= 4 ? 10 : 9;
+    return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
+  }
   const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
   const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
   return std::clamp<int64_t>(machine.caches.l2_bytes / 4 / point_bytes, 32, 256);

@@ -9,10 +9,11 @@
 //   item           a block of pixels of a class, images x rows x columns, for a block of channels: listed once, values
 //                  wait in L2 between steps
 //   step           a rectangle of taps x a few vectors of features: what a product holds in registers; the block of g
-//                  stays in L1
+//                  takes about all of L1
 // A class that meets a single tap (1x1 kernels, and some classes of strided ones) exchanges the roles of g and the
 // kernel: an item's pixels are *points*, lists are of a point's channels, and a step goes by blocks of channels, whose
-// filters stay in L1. Nothing is transposed or copied. A class that meets no tap is the same without any step.
+// filters take L1 or a little more. Nothing is transposed or copied. A class that meets no tap is the same without any
+// step.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ struct MaskedStep {
 struct MaskedClass : PixelBlocks {
   std::vector<MaskedStep> steps;  // none where no tap meets the class
   bool points;
-  int64_t filter_block;  // of points: channels whose filters stay in L1
+  int64_t filter_block;  // of points: channels whose filters are met in turn
 };
 
 struct MaskedPlan {
