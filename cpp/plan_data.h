@@ -34,6 +34,7 @@
 
 #include "conv.h"
 #include "isa.h"
+#include "pixels.h"
 
 namespace sparsetrain {
 
@@ -85,13 +86,13 @@ struct DataPlan {
   float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
 
-  int64_t channel_blocks() const { return (channels + channel_block - 1) / channel_block; }
-  int64_t row_tiles() const { return (images * out_rows + tile_rows - 1) / tile_rows; }
-  int64_t column_tiles() const { return (out_columns + tile_columns - 1) / tile_columns; }
+  int64_t channel_blocks() const { return ceil_div(channels, channel_block); }
+  int64_t row_tiles() const { return ceil_div(images * out_rows, tile_rows); }
+  int64_t column_tiles() const { return ceil_div(out_columns, tile_columns); }
   int64_t tiles() const { return row_tiles() * column_tiles(); }
   // Feature blocks of a tile that a thread takes at a time, of so many threads.
-  int64_t share(int threads) const { return threads > 1 ? (blocks + 7) / 8 : blocks; }
-  int64_t shares(int threads) const { return tiles() * ((blocks + share(threads) - 1) / share(threads)); }
+  int64_t share(int threads) const { return threads > 1 ? ceil_div(blocks, 8) : blocks; }
+  int64_t shares(int threads) const { return tiles() * ceil_div(blocks, share(threads)); }
   // Input row under kernel row r for row y of the result; -1 when there is none.
   int64_t input_row(int64_t y, int64_t r) const;
   // Range of input rows that rows [y0, y1) of one image need.

@@ -38,8 +38,7 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes))
-    return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 0.93, 1.13, 0.9, 1.13};
+  if (machine.single_fma()) return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 0.93, 1.13, 0.9, 1.13};
   return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 1, 2.1, 1};
 }
 
@@ -92,7 +91,7 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
 // Channels whose filters stay near with this many vectors of features. Few non-zeros ask for few of them in turn: then
 // longer lists are worth a block that is larger than L1, and where there is one multiply-add a cycle they always are.
 int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
-  const bool large = density < kFew || machine.caches.single_fma(machine.lanes);
+  const bool large = density < kFew || machine.single_fma();
   const int64_t fits = machine.caches.l1_bytes * (large ? 14 : 7) / 10 / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
   return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
@@ -180,8 +179,7 @@ int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double dens
   }
   const int64_t bytes = 4 * widest * plan.lanes;
   if (!cls.points) {
-    const bool single_fma = machine.caches.single_fma(machine.lanes);
-    const int64_t tenths = single_fma && density < kFewSingleFma ? 12 : single_fma && taps <= 4 ? 10 : 9;
+    const int64_t tenths = !machine.single_fma() ? 9 : density < kFewSingleFma ? 12 : taps <= 4 ? 10 : 9;
     return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
   }
   const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);

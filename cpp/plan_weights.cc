@@ -31,7 +31,7 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.caches.single_fma(machine.lanes)) return {4, 2, 3, 6, 1.16, 1.18, 0.95, 1, 1.1};
+  if (machine.single_fma()) return {4, 2, 3, 6, 1.16, 1.18, 0.95, 1, 1.1};
   // Sixteen registers hold too few sums for channels to share loads.
   const double walk = machine.lanes == 8 ? 1.4 : 1.2;
   return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12};
@@ -111,7 +111,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
       // Few non-zeros: packing them is cheap, and steps of half the features have room for twice the positions in L1,
       // so that sums move half as often. Single ones of eight vectors are left to masks. Fitted where there is one
       // multiply-add a cycle.
-      if (density < kFew && taps == 1 && machine.caches.single_fma(machine.lanes)) {
+      if (density < kFew && taps == 1 && machine.single_fma()) {
         if (vectors == 8 && features >= 16 * lanes) vectors = 4;
         lists = vectors <= 4;
       }
@@ -398,8 +398,8 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
     }
   }
   const double single = taps == 1 ? kFew : taps < 9 ? kPairDensityFewTaps : kPairDensitySingleFma;
-  const double pairs = machine.caches.single_fma(machine.lanes) ? single : kPairDensity;
-  plan.take = machine.caches.single_fma(machine.lanes);
+  const double pairs = machine.single_fma() ? single : kPairDensity;
+  plan.take = machine.single_fma();
   plan.together = !sparse || !twos || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
   return plan;
 }

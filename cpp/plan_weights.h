@@ -100,6 +100,8 @@ struct WeightsMachine {
   Machine caches;
   int lanes, registers;
   int threads;  // changes how work is cut, never a sum
+
+  bool single_fma() const { return caches.single_fma(lanes); }
 };
 
 WeightsPlan plan_weights(const ConvShape& shape, Mode mode, const Densities& densities, const WeightsMachine& machine);

@@ -7,6 +7,7 @@
 #include "conv.h"
 #include "isa.h"
 #include "parallel.h"
+#include "pixels.h"
 #include "plan_data.h"
 #include "run_data.h"
 #include "zeros.h"
@@ -74,7 +75,7 @@ class PackedKernel {
           continue;
         }
         for (int64_t f = 0; f < valid; f += features, to += block_pitch) {
-          const int64_t here = std::min(features, valid - f), whole = (here + lanes_ - 1) / lanes_ * lanes_;
+          const int64_t here = std::min(features, valid - f), whole = round_up(here, lanes_);
           kernels.data.transpose[index_of(rhs.dtype)](rhs.at((tap * plan_.features + f0 + f) * plan_.channels + c0),
                                                       plan_.channels, to, pitch, static_cast<int>(here),
                                                       static_cast<int>(channels));
@@ -173,7 +174,7 @@ class TileInput {
         for (size_t p = 0; p < phases_.size(); ++p) {
           const Range pixels = folded ? folded_columns() : phases_[p].pixels;
           const int64_t step = pixels.size() < kShort ? kShortStep : kStep;
-          const int64_t count = std::min((pixels.size() + step - 1) / step, slot_);
+          const int64_t count = std::min(ceil_div(pixels.size(), step), slot_);
           if (count == 0) continue;
           ScanArgs args{};
           args.values = folded ? input_.at(input_row(image.n, y) + pixels.begin * plan_.in_channels)
@@ -372,7 +373,7 @@ class InputAhead {
   InputAhead(const void* begin, int64_t bytes, int64_t columns, int64_t sweeps)
       : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {
     const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
-    lines_ = static_cast<int>((bytes / 64 + steps - 1) / steps);
+    lines_ = static_cast<int>(ceil_div(bytes / 64, steps));
   }
   void aim(int64_t columns, PlacedSweepArgs* args) {
     const int64_t bytes = 64 * lines_ * ((columns + 1) / 2);
@@ -558,7 +559,7 @@ class BlockSweeper {
   // The filter block that comes next, as it lies in memory.
   Ahead filter_ahead(const Sweep& s, int sweep_rows) const {
     const DataPlan& plan = call_.plan;
-    const auto share = [&](int64_t all) { return static_cast<int>((all + sweep_rows - 1) / sweep_rows); };
+    const auto share = [&](int64_t all) { return static_cast<int>(ceil_div(all, sweep_rows)); };
     Ahead ahead{};
     if (sweep_rows == 0) return ahead;
     if (call_.packed != nullptr) {
@@ -866,8 +867,8 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
                const int64_t column = share.tile % column_tiles * plan.tile_columns;
                const int64_t later = share.tile + concurrency;  // threads take tiles in turn
                run_tile(call, {row, std::min(plan.images * plan.out_rows, row + plan.tile_rows)},
-                        {column, std::min((plan.out_columns + step - 1) / step * step, column + plan.tile_columns)},
-                        share, later < tiles ? input_of(plan, later) : Range{0, 0}, &queue);
+                        {column, std::min(round_up(plan.out_columns, step), column + plan.tile_columns)}, share,
+                        later < tiles ? input_of(plan, later) : Range{0, 0}, &queue);
              }
            }},
       });
