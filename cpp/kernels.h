@@ -161,6 +161,14 @@ constexpr bool walk_offered(int rows, int columns, int vectors, int registers) {
 // positions fit L1). By taps alone: the order of a sum must not depend on how threads cut the features into steps.
 constexpr bool walk_lists(int taps) { return taps >= 4; }
 
+// What a walk reads of a block of the checked operand.
+enum class WeightsLists {
+  kMasks,       // bits of masks, and values in place
+  kChannels,    // lists of positions by sets of channels (masks where walks have no lists), and values in place
+  kPacked,      // each channel's list, and its packed values
+  kNeighbours,  // the same in two lists: non-zeros at neighbouring positions, by the first of each two; and the others
+};
+
 // Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
 struct WeightsPackArgs {
   const void* const* pixels;  // channel 0 of each position; positions without a pixel point to zeros
@@ -172,19 +180,21 @@ struct WeightsPackArgs {
 };
 
 constexpr int kPackPixels = 16;
-// Leaves the non-zeros alone instead: a line of values per channel, a list of their positions, and their number. For
-// walks of single channels with lists.
+// Leaves the non-zeros alone instead: a line of values per channel, a list of their positions, and their number; or
+// these twice, for neighbours (both values and the position of the first) and for the others.
 struct WeightsPackListsArgs {
   const void* const* pixels;  // as above, but none for positions between rows
   const uint16_t* positions;  // of each pixel
   int count;                  // of pixels, a multiple of kPackPixels
   int channels;
-  float* values;  // [channel][value_pitch], value_pitch >= count + 16
+  bool neighbours;
+  float* values;  // [channel][value_pitch]: count + 16 of each kind
   ptrdiff_t value_pitch;
-  uint16_t* lists;  // [channel][list_pitch], list_pitch >= count + 16
+  uint16_t* lists;  // [channel][list_pitch]: count / 2 + 16 of neighbours, count + 16 of others
   ptrdiff_t list_pitch;
-  uint16_t* counts;  // [channel]
-  bool apart;        // lines of neighbouring pixels have places of their own in L1
+  ptrdiff_t other_values, other_list;  // from a channel's neighbours to its others
+  uint16_t* counts;                    // [channel], or [channel][neighbours, others]
+  bool apart;                          // lines of neighbouring pixels have places of their own in L1
 };
 
 // Copies `features` of the pixels of the dense operand to [position][width]; the rest of width is zero.
@@ -245,13 +255,14 @@ struct WeightsWalkArgs {
   ptrdiff_t value_pitch;
   const uint64_t* masks;  // as in WeightsListArgs; walks without lists read these
   int words;
-  const uint16_t* lists;  // as WeightsListArgs left them
+  const uint16_t* lists;  // as WeightsListArgs or WeightsPackListsArgs left them
   ptrdiff_t list_pitch;
   const uint16_t* counts;
-  bool packed;  // values are the non-zeros alone, as WeightsPackListsArgs leaves them; only for single channels
-  bool take;    // these come out of a register: for machines with few loads for each multiply-add
+  WeightsLists kind;
+  ptrdiff_t other_values, other_list;  // as in WeightsPackListsArgs
+  bool take;  // packed values come out of a register: for machines with few loads for each multiply-add
   int channels;
-  int together;        // channels that share the loads of the dense operand where they are non-zero; 3: lists only
+  int together;        // channels that share loads of the dense operand; more than one: not packed; 3: with lists
   const float* dense;  // of position 0, tap 0: [position][vectors * lanes], 64-byte aligned
   ptrdiff_t tap_row;   // positions between rows of taps
   WeightsPanel panel;

@@ -8,14 +8,15 @@
 //          [position][features]. Rows follow each other at the pitch of the masks, so bit i of a mask meets tap (r, s)
 //          at position i + r * tap_row + s, whatever the shape of the block
 //   list   the positions of a channel's non-zeros, from its mask: a loop over a list ends once, one over a mask ends,
-//          mispredicted, in every word. Walks of few multiply-adds a visit do without, unless non-zeros are few and
-//          packed
+//          mispredicted, in every word. Walks of few multiply-adds a visit do without, unless they are packed
 //   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, one broadcast of the
 //   value
 //          and one fused multiply-add with a memory operand per sum
 //
-// Loads bound the walk: one per multiply-add, plus one for the broadcast. Channels walked *together*, two or three,
-// break the bound: where several are non-zero each load serves as many multiply-adds.
+// Loads bound the walk: one per multiply-add, plus one for the broadcast. Two things break the bound. *Neighbours*, two
+// non-zeros of a channel at positions i and i + 1, meet the same dense vectors one column of taps apart: kColumns + 1
+// loads for each row of taps serve 2 * kColumns multiply-adds, without a register for another sum. And channels walked
+// *together*, two or three: where several are non-zero each load serves as many multiply-adds.
 //
 // Where skipping does not pay, a *tile* of channels x features sits in registers instead and runs over all pixels, tap
 // by tap. It reads the same scratch and leaves the same sums.
@@ -179,6 +180,32 @@ struct Walk {
     walk_values(args, list, count, Values<Isa>(values), acc);
   }
 
+  // Adds the products of positions i and i + 1.
+  static ST_INLINE void visit_neighbours(const WeightsWalkArgs& args, size_t i, const float* value,
+                                         Vec (&acc)[kCount]) {
+    constexpr int kRow = kColumns * kVectors;
+    const Vec first = Isa::broadcast(value), second = Isa::broadcast(value + 1);
+    const float* dense = args.dense + i * kWidth;
+    unroll<kRows>([&](auto r) ST_LAMBDA {
+      ST_OPAQUE(dense);
+      unroll<kRow + kVectors>([&](auto j) ST_LAMBDA {
+        const Vec y = Isa::load_shared(dense + j * Isa::kLanes);
+        if constexpr (j < kRow) Isa::fma_shared(first, y, acc[r * kRow + j]);
+        if constexpr (j >= kVectors) Isa::fma_shared(second, y, acc[r * kRow + j - kVectors]);
+      });
+      dense += args.tap_row * kWidth;
+    });
+  }
+  static ST_INLINE void walk_neighbours(const WeightsWalkArgs& args, const uint16_t* list, const uint16_t* counts,
+                                        const float* values, Vec (&acc)[kCount]) {
+    const float* value = values;
+    for_entries(list, counts[0], [&](size_t i) ST_LAMBDA {
+      visit_neighbours(args, i, value, acc);
+      value += 2;
+    });
+    walk_packed(args, list + args.other_list, counts[1], values + args.other_values, acc);
+  }
+
   // kTogether channels from c on, of which `channels` exist. For one channel `counts` may be a sum of several.
   template <int kTogether>
   static ST_INLINE void walk(const WeightsWalkArgs& args, int c, int channels, const uint16_t* list,
@@ -187,8 +214,10 @@ struct Walk {
     unroll<kTogether>([&](auto j) ST_LAMBDA { load(args.panel, c + j, acc[j]); });
     const float* values = args.values + c * args.value_pitch;
     const float* dense = args.dense;
-    if (kTogether == 1 && args.packed) {
+    if (kTogether == 1 && args.kind == WeightsLists::kPacked) {
       walk_packed(args, list, counts[0], values, acc[0]);
+    } else if (kTogether == 1 && args.kind == WeightsLists::kNeighbours) {
+      walk_neighbours(args, list, counts, values, acc[0]);
     } else if constexpr (kLists) {
       unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
         for_entries(list, counts[index],
@@ -214,15 +243,27 @@ struct Walk {
     });
   }
 
+  static ST_INLINE void prefetch_sums(const WeightsPanel& panel, int64_t channel) {
+    const float* sums = panel.sums + channel * panel.channel;
+    unroll<kRows>([&](auto r) ST_LAMBDA {
+      unroll<kColumns * kVectors>([&](auto i)
+                                      ST_LAMBDA { __builtin_prefetch(sums + r * panel.row + i * Isa::kLanes, 0, 2); });
+    });
+  }
+
   static void run(const WeightsWalkArgs& args) {
-    const int together = args.together, sets = (1 << together) - 1;
+    const int together = args.together;
+    const int lists = args.kind == WeightsLists::kNeighbours ? 2 : (1 << together) - 1;
     const int64_t turns = (args.channels + together - 1) / together;
     Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
     const uint16_t* list = args.lists;
     const uint16_t* counts = args.counts;
-    for (int c = 0; c < args.channels; c += together, list += args.list_pitch, counts += sets) {
+    for (int c = 0; c < args.channels; c += together, list += args.list_pitch, counts += lists) {
       next_dense.turn();
       next_checked.turn();
+      if constexpr (kTaps >= 9) {  // many lines at once, maybe from beyond L2
+        for (int j = 0; j < together; ++j) prefetch_sums(args.panel, c + together + j);
+      }
       const int channels = args.channels - c < together ? args.channels - c : together;
       if (together == 1) {
         walk<1>(args, c, 1, list, counts);
@@ -230,9 +271,10 @@ struct Walk {
         if constexpr (kPairs) {
           walk<2>(args, c, channels, list, counts);
         } else {  // one after the other
-          const uint16_t a = counts[0] + counts[1], b = counts[1] + counts[2];
-          walk<1>(args, c, 1, list, &a);
-          if (channels == 2) walk<1>(args, c + 1, 1, list + counts[0], &b);
+          const uint16_t a[] = {static_cast<uint16_t>(counts[0] + counts[1]), 0};
+          const uint16_t b[] = {static_cast<uint16_t>(counts[1] + counts[2]), 0};
+          walk<1>(args, c, 1, list, a);
+          if (channels == 2) walk<1>(args, c + 1, 1, list + counts[0], b);
         }
       } else {
         if constexpr (kLists && walk_together(3, kCount, Isa::kRegisters)) walk<3>(args, c, channels, list, counts);
@@ -399,16 +441,33 @@ struct Pack {
   }
 };
 
+// Of kLanes pixels, those whose successor among them is at the next position.
+template <class Isa>
+ST_INLINE uint32_t followed(const uint16_t* positions) {
+  uint32_t followed = 0;
+  unroll<Isa::kLanes - 1>(
+      [&](auto i) ST_LAMBDA { followed |= static_cast<uint32_t>(positions[i] + 1 == positions[i + 1]) << i; });
+  return followed;
+}
+
+// Of every run of set bits, which end before the last bit, the first, third, fifth and so on.
+ST_INLINE uint32_t every_second(uint32_t bits) {
+  constexpr uint32_t kEven = 0x55555555;
+  const uint32_t starts = bits & ~(bits << 1);
+  const uint32_t even = bits & ~(bits + (starts & kEven));  // runs that start at an even bit: the sum carries over them
+  return (even & kEven) | (bits & ~even & ~kEven);
+}
+
 // The lists of kLanes channels from `first` on. kNear: L1 holds the lines of twice kLanes pixels; if not, the next
 // lines of all pixels go to L2 meanwhile.
-template <class Isa, class T, bool kNear>
+template <class Isa, class T, bool kNear, bool kNeighbours>
 ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first) {
   static_assert(kPackPixels % Isa::kLanes == 0);
   constexpr int kLanes = Isa::kLanes, kLine = 64 / sizeof(T);
   const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
   float* values = args.values + first * args.value_pitch;
   uint16_t* lists = args.lists + first * args.list_pitch;
-  int counts[kLanes] = {};
+  int counts[kLanes] = {}, neighbours[kLanes] = {};  // of packed values
   for (int p = 0; p < args.count; p += kLanes) {
     typename Isa::Vec v[kLanes];
     if constexpr (kNear) {
@@ -422,28 +481,44 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
     }
     load_transposed<Isa, T, kNear>(args.pixels + p, first, channels, v);
     const typename Isa::U16 positions = Isa::load_u16(args.positions + p);
+    const uint32_t next = kNeighbours ? followed<Isa>(args.positions + p) : 0;
     unroll<kLanes>([&](auto c) ST_LAMBDA {
       if (c >= channels) return;
-      const uint32_t mask = Isa::nonzero(v[c]);
-      Isa::compress(values + c * args.value_pitch + counts[c], mask, v[c]);
-      Isa::compress_u16(lists + c * args.list_pitch + counts[c], mask, positions);
+      uint32_t mask = Isa::nonzero(v[c]);
+      float* value = values + c * args.value_pitch;
+      uint16_t* list = lists + c * args.list_pitch;
+      if constexpr (kNeighbours) {
+        const uint32_t firsts = every_second(mask & mask >> 1 & next), both = firsts | firsts << 1;
+        Isa::compress(value + neighbours[c], both, v[c]);
+        Isa::compress_u16(list + neighbours[c] / 2, firsts, positions);
+        neighbours[c] += 2 * __builtin_popcount(firsts);
+        mask &= ~both;
+        value += args.other_values;
+        list += args.other_list;
+      }
+      Isa::compress(value + counts[c], mask, v[c]);
+      Isa::compress_u16(list + counts[c], mask, positions);
       counts[c] += __builtin_popcount(mask);
     });
   }
   int64_t nonzeros = 0;
+  uint16_t* count = args.counts + (kNeighbours ? 2 : 1) * first;
   for (int c = 0; c < channels; ++c) {
-    args.counts[first + c] = static_cast<uint16_t>(counts[c]);
-    nonzeros += counts[c];
+    if (kNeighbours) *count++ = static_cast<uint16_t>(neighbours[c] / 2);
+    *count++ = static_cast<uint16_t>(counts[c]);
+    nonzeros += neighbours[c] + counts[c];
   }
   return nonzeros;
 }
 
 template <class Isa, class T>
 int64_t weights_pack_lists(const WeightsPackListsArgs& args) {
+  const auto pack = args.neighbours
+                        ? args.apart ? pack_list_lanes<Isa, T, true, true> : pack_list_lanes<Isa, T, false, true>
+                    : args.apart ? pack_list_lanes<Isa, T, true, false>
+                                 : pack_list_lanes<Isa, T, false, false>;
   int64_t nonzeros = 0;
-  for (int first = 0; first < args.channels; first += Isa::kLanes) {
-    nonzeros += args.apart ? pack_list_lanes<Isa, T, true>(args, first) : pack_list_lanes<Isa, T, false>(args, first);
-  }
+  for (int first = 0; first < args.channels; first += Isa::kLanes) nonzeros += pack(args, first);
   return nonzeros;
 }
 

@@ -10,14 +10,19 @@
 namespace sparsetrain {
 namespace {
 
-// Times taps; below: sharing loads gains less than the ends of loops cost. Single channels have their values packed,
-// which is worth more where one load a cycle leaves less to wait behind and taps are many.
-constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2, kPairDensityFewTaps = 0.8;
-constexpr double kThreesDensity = 0.35;  // above: three channels instead of two, whose lists end seven times
-constexpr double kFew = 0.15;            // below: non-zeros are far apart in all that they meet
-constexpr double kCutDensity = 0.45;     // above: pairs of fewer taps beat many taps of single channels
-constexpr int64_t kFoldChannels = 8;     // up to here, channels are folded with the columns of the kernel
-constexpr int64_t kChunkPixels = 1024;   // of a class, per chunk, for its sums to be a small part of the work
+// Times taps; below: channels that share loads gain less than the ends of loops cost. Single channels have their values
+// packed, which is worth more where one load a cycle leaves less to wait behind and taps are many.
+constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2;
+constexpr double kPairDensityFewTaps = 0.2;  // of two to eight taps, not times these
+constexpr double kThreesDensity = 0.35;      // above: three channels instead of two, whose lists end seven times
+// Between these neighbours share loads, where many taps and features pay for their packing; above, too, where there is
+// no room for three channels.
+constexpr double kNeighbourDensity = 0.4, kNeighbourDensitySingleFma = 0.13, kMostNeighbourDensity = 0.45;
+constexpr int kNeighbourTaps = 9;
+constexpr int64_t kNeighbourTapVectors = 96;
+constexpr double kFew = 0.15;           // below: non-zeros are far apart in all that they meet
+constexpr int64_t kFoldChannels = 8;    // up to here, channels are folded with the columns of the kernel
+constexpr int64_t kChunkPixels = 1024;  // of a class, per chunk, for its sums to be a small part of the work
 
 // Costs in multiply-adds of a vector between registers.
 struct Costs {
@@ -81,18 +86,17 @@ int widest_step(int rows, int columns, int64_t features, const WeightsMachine& m
   return paired * rows * columns >= 6 ? paired : widest;
 }
 
-void add_group(const TapAxis& rows, const TapAxis& columns, int vectors, bool lists, std::vector<TapGroup>& groups) {
+void add_group(const TapAxis& rows, const TapAxis& columns, int vectors, std::vector<TapGroup>& groups) {
   const TapPlace place = {static_cast<int>(groups.size()), rows.taps * columns.taps, columns.taps, 0};
-  groups.push_back({rows, columns, vectors, lists, place});
+  groups.push_back({rows, columns, vectors, place});
 }
 
-// Taps that walk single channels only are cut once more where pairs are worth it.
 void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double density, int64_t features,
                 const WeightsMachine& machine, std::vector<TapGroup>& groups) {
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
     const int vectors = features > 2 * lanes ? 4 : features > lanes ? 2 : 1;
-    add_group(rows, columns, vectors, false, groups);
+    add_group(rows, columns, vectors, groups);
     return;
   }
   const int max_columns = machine.registers >= 32 ? kMaxTapColumns : 5;
@@ -101,23 +105,50 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
   for (const TapAxis& part : cut(columns, column_pieces)) {
     int max_rows = kMaxTapRows;
     while (!walk_offered(max_rows, part.taps, 1, machine.registers)) --max_rows;
-    if (density > kCutDensity && machine.registers >= 32) {
-      while (max_rows > 1 && !walk_together(2, max_rows * part.taps, machine.registers)) --max_rows;
-    }
     for (const TapAxis& row_part : cut(rows, static_cast<int>(ceil_div(rows.taps, max_rows)))) {
       const int taps = row_part.taps * part.taps;
       int vectors = widest_step(row_part.taps, part.taps, features, machine);
-      bool lists = walk_lists(taps);
       // Few non-zeros: packing them is cheap, and steps of half the features have room for twice the positions in L1,
       // so that sums move half as often. Single ones of eight vectors are left to masks. Fitted where there is one
       // multiply-add a cycle.
-      if (density < kFew && taps == 1 && machine.single_fma()) {
-        if (vectors == 8 && features >= 16 * lanes) vectors = 4;
-        lists = vectors <= 4;
-      }
-      add_group(row_part, part, vectors, lists, groups);
+      if (density < kFew && taps == 1 && machine.single_fma() && vectors == 8 && features >= 16 * lanes) vectors = 4;
+      add_group(row_part, part, vectors, groups);
     }
   }
+}
+
+// What walks of a class read, and how many channels they take together.
+void choose_lists(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
+  // Cuts of channels are coarser for three, and few channels need none only where pixels are cut instead.
+  const bool many_pixels = plan.shape.n * plan.shape.h * plan.shape.w >= 8 * kChunkPixels;
+  bool twos = false, threes = plan.channels >= (many_pixels ? 4 : 12) * plan.lanes;
+  bool lists = true, no_lists = true, columns = true;
+  int taps = 1, fewest = cls.groups.front().place.taps, vectors = 1;
+  for (const TapGroup& group : cls.groups) {
+    const int group_taps = group.rows.taps * group.columns.taps;
+    taps = std::max(taps, group_taps);
+    fewest = std::min(fewest, group_taps);
+    vectors = std::max(vectors, group.vectors);
+    lists = lists && walk_lists(group_taps);
+    no_lists = no_lists && !walk_lists(group_taps);
+    columns = columns && group.columns.taps > 1;
+    twos = twos || walk_together(2, group_taps * group.vectors, machine.registers);
+    threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
+  }
+  if (!(threes && density > kMostNeighbourDensity) && columns && fewest >= kNeighbourTaps &&
+      taps * ceil_div(plan.features, machine.lanes) >= kNeighbourTapVectors &&
+      density >= (machine.single_fma() ? kNeighbourDensitySingleFma : kNeighbourDensity)) {
+    cls.lists = WeightsLists::kNeighbours;
+    return;
+  }
+  const double single = taps == 1 ? kFew : taps < 9 ? kPairDensityFewTaps : kPairDensitySingleFma / taps;
+  if (twos && density > (machine.single_fma() ? single : kPairDensity / taps)) {
+    cls.together = threes && density > kThreesDensity ? 3 : 2;
+  }
+  const bool few = density < kFew && taps == 1 && vectors <= 4 && machine.single_fma();
+  cls.lists = cls.together == 1 && (lists || few) ? WeightsLists::kPacked
+              : no_lists                          ? WeightsLists::kMasks
+                                                  : WeightsLists::kChannels;
 }
 
 int64_t balanced(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::max<int64_t>(1, most))); }
@@ -158,7 +189,7 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   // longer.
   const bool few = halo_rows > 0 && density < kFew, high = halo_rows > 2 || (taps > 1 && taps <= 4);
   const TapGroup& first = cls.groups.front();
-  const bool all = halo_rows == 0 && first.lists && first.columns.taps == 1;
+  const bool all = halo_rows == 0 && cls.lists == WeightsLists::kPacked && first.columns.taps == 1;
   const int64_t tenths = !plan.sparse ? 7 : few ? 11 : all ? 10 : high ? 9 : 7;
   const int64_t share =
       !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8 : machine.caches.l1_bytes * tenths / 10;
@@ -220,6 +251,8 @@ PixelClass inner_of(const PixelClass& whole, const Part& rows, const Part& colum
 // none.
 PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& columns, const WeightsMachine& machine) {
   PixelClass border{};
+  border.lists = whole.lists;
+  border.together = whole.together;
   border.rows = rows.of(whole.rows);
   border.columns = columns.of(whole.columns);
   for (const TapGroup& group : whole.groups) {
@@ -283,7 +316,7 @@ double walk_cost(const WeightsPlan& plan, double density, const WeightsMachine& 
 // Cuts borders off a class whose walks gain by it.
 void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
   for (const TapGroup& group : cls.groups) {
-    if (!group.lists || !walk_lists(group.rows.taps * group.columns.taps)) return;
+    if (!walk_lists(group.rows.taps * group.columns.taps)) return;
   }
   const auto [top, bottom] = ends_of(cls.rows, cls.groups, &TapGroup::rows);
   const auto [left, right] = ends_of(cls.columns, cls.groups, &TapGroup::columns);
@@ -371,7 +404,8 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   const std::vector<AxisClass> columns = axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left);
   for (const AxisClass& row : rows) {
     for (const AxisClass& column : columns) {
-      PixelClass cls;
+      PixelClass cls{};
+      cls.together = 1;
       cls.rows = row.pixels;
       cls.columns = column.pixels;
       for (const TapAxis& row_taps : row.taps) {
@@ -379,28 +413,13 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
           add_groups(row_taps, column_taps, sparse, density, plan.features, machine, cls.groups);
         }
       }
+      if (sparse) choose_lists(plan, density, machine, cls);
       block_pixels(plan, density, machine, cls);
       if (sparse) cut_borders(plan, density, machine, cls);
       plan.classes.push_back(cls);
     }
   }
-  int taps = 1;
-  // Cuts of channels are coarser then, and few channels need none only where pixels are cut instead.
-  const bool many_pixels = shape.n * shape.h * shape.w >= 8 * kChunkPixels;
-  bool threes = plan.channels >= (many_pixels ? 4 : 12) * plan.lanes;
-  bool twos = false;
-  for (const PixelClass& cls : plan.classes) {
-    for (const TapGroup& group : cls.groups) {
-      const int group_taps = group.rows.taps * group.columns.taps;
-      taps = std::max(taps, group_taps);
-      twos = twos || walk_together(2, group_taps * group.vectors, machine.registers);
-      threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
-    }
-  }
-  const double single = taps == 1 ? kFew : taps < 9 ? kPairDensityFewTaps : kPairDensitySingleFma;
-  const double pairs = machine.single_fma() ? single : kPairDensity;
   plan.take = machine.single_fma();
-  plan.together = !sparse || !twos || density * taps <= pairs ? 1 : threes && density > kThreesDensity ? 3 : 2;
   return plan;
 }
 
@@ -428,7 +447,7 @@ double makespan(const WeightsPlan& plan, const Cut& cut, const Estimate& cost, i
 // L2; every cut repeats packing (along features) or copying (along channels).
 void cut_items(const WeightsMachine& machine, const Estimate& cost, WeightsPlan& plan) {
   int64_t taps = 1, all_taps = 0, positions = 64, pixels = 0, blocks = 0, widest = 1;
-  bool borders = false;
+  bool borders = false, threes = false;
   for (const PixelClass& cls : plan.classes) {
     int64_t class_taps = 0;
     for (const TapGroup& group : cls.groups) {
@@ -439,12 +458,13 @@ void cut_items(const WeightsMachine& machine, const Estimate& cost, WeightsPlan&
     cls.for_parts([&positions](const PixelClass& part) { positions = std::max(positions, part.positions); });
     blocks = std::max(blocks, cls.block_count());
     borders = borders || !cls.borders.empty();
+    threes = threes || cls.together == 3;
     pixels = std::max(pixels, plan.shape.n * cls.rows.count * cls.columns.count);
     all_taps += class_taps;
   }
   // 24: whole tiles for every choice of vectors. Channels walked together stay together however threads cut the work,
   // because the order of their sums depends on it.
-  const int64_t unit = !plan.sparse ? 24 : plan.together == 3 ? 3 * plan.lanes : plan.lanes;
+  const int64_t unit = !plan.sparse ? 24 : threes ? 3 * plan.lanes : plan.lanes;
   const int64_t width = widest * plan.lanes;
   const int64_t most_channels = std::max(unit, machine.caches.l2_bytes / 3 / (4 * positions) / unit * unit);
   plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
@@ -542,7 +562,6 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("path", plan.sparse ? "sparse" : "dense");
   add("checked", plan.lhs_checked ? "lhs" : "g");
   add("folded_columns", std::to_string(plan.fold.taps));
-  add("together", std::to_string(plan.together));
   add("channel_block", std::to_string(plan.channel_block));
   add("feature_block", std::to_string(plan.feature_block));
   add("serial", std::to_string(plan.serial));
@@ -550,6 +569,9 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
   add("items", std::to_string(plan.items()));
   add("pixel_classes", std::to_string(plan.classes.size()));
   const PixelClass& cls = plan.classes.front();
+  const char* lists[] = {"masks", "channels", "packed", "neighbours"};
+  add("lists", plan.sparse ? lists[static_cast<int>(cls.lists)] : "none");
+  add("together", std::to_string(cls.together));
   add("borders", std::to_string(cls.borders.size()));
   add("pixel_block", std::to_string(cls.block_images) + "x" + std::to_string(cls.block_rows) + "x" +
                          std::to_string(cls.block_columns));

@@ -31,6 +31,7 @@
 
 #include "conv.h"
 #include "isa.h"
+#include "kernels.h"
 #include "pixels.h"
 
 namespace sparsetrain {
@@ -44,14 +45,15 @@ struct TapPlace {
 struct TapGroup {
   TapAxis rows, columns;
   int vectors;  // of features in a step
-  bool lists;   // walks read lists of positions
   TapPlace place;
 };
 
 // Pixels of the checked operand.
 struct PixelClass : PixelBlocks {
   std::vector<TapGroup> groups;
-  int64_t positions;  // of a block, a multiple of 64
+  int64_t positions;   // of a block, a multiple of 64
+  WeightsLists lists;  // what walks read
+  int together;        // channels that share loads of the dense operand
   // Rows and columns of pixels that meet padding with some taps: walked apart, without (most of) these. They add to
   // the sums of this class, which has the pixels in between.
   std::vector<PixelClass> borders;
@@ -80,10 +82,9 @@ struct WeightsPlan {
   ConvShape shape;  // as computed: 1x1 kernels at stride 1 without padding are one long row of pixels; or folded
   Fold fold;
   bool lhs_checked;
-  bool sparse;   // walks; else tiles
-  int together;  // channels of a walk that share loads of the dense operand
-  bool take;     // packed values come out of a register
-  bool serial;   // too small for threads
+  bool sparse;  // walks; else tiles
+  bool take;    // packed values come out of a register
+  bool serial;  // too small for threads
   int lanes;
   int64_t channels, features;  // of the checked and the dense operand
   std::vector<PixelClass> classes;

@@ -175,9 +175,6 @@ class WeightsRun {
   }
 
  private:
-  // What walks read: masks; lists, beside masks for those that do not; lists of packed values.
-  enum class Lists { kNone, kAll, kPacked };
-
   static constexpr int64_t kSliceChannels = 32;
   int64_t slices() const { return ceil_div(plan_.channel_block, kSliceChannels); }
   int64_t chunk_floats() const { return items() / plan_.chunks * item_floats_; }
@@ -186,7 +183,14 @@ class WeightsRun {
   // there. (Every second pixel of half that pitch does no harm: measured.)
   bool lines_apart() const { return checked_.channels * size_ % 2048 != 0; }
 
-  ptrdiff_t list_pitch() const { return positions_ + kListPad; }
+  bool packed(const PixelClass& part) const {
+    return plan_.sparse && (part.lists == WeightsLists::kPacked || part.lists == WeightsLists::kNeighbours);
+  }
+  // Of packed values and their lists: from a channel's neighbours to its others.
+  ptrdiff_t other_values() const { return neighbours_ ? positions_ + kLinePad : 0; }
+  ptrdiff_t other_list() const { return neighbours_ ? positions_ / 2 + kListPad : 0; }
+  ptrdiff_t line() const { return other_values() + positions_ + kLinePad; }
+  ptrdiff_t list_pitch() const { return other_list() + positions_ + kListPad; }
 
   // The last walk of a panel writes drhs itself; sums are narrowed when they are complete.
   bool direct() const { return plan_.lhs_checked && plan_.chunks == 1 && drhs_.dtype == DType::kF32; }
@@ -195,6 +199,7 @@ class WeightsRun {
     const Item item = item_of(plan_, 0);
     const auto fit = [this](const PixelClass& part) {
       positions_ = std::max(positions_, part.positions);
+      neighbours_ = neighbours_ || part.lists == WeightsLists::kNeighbours;
       for (const TapGroup& group : part.groups) {
         const int64_t positions = part.positions + group.rows.taps * part.pitch + group.columns.taps;
         dense_positions_ = std::max(dense_positions_, positions);
@@ -211,12 +216,11 @@ class WeightsRun {
       panel_floats_ = std::max(panel_floats_, floats);
     }
     if (plan_.chunks > 1) panel_floats_ = 0;  // they live in the shared buffer
-    line_ = positions_ + kLinePad;
   }
 
   ItemScratch take_scratch() const {
     const int64_t lines = round_up(plan_.channel_block, 24) + 64, words = positions_ / 64 + 1;
-    const int64_t values = lines * line_, zeros = std::max(plan_.channels, plan_.features) + 64;
+    const int64_t values = lines * line(), zeros = std::max(plan_.channels, plan_.features) + 64;
     Scratch& scratch = Scratch::local();
     scratch.begin(2 * Scratch::size<void*>(positions_) + 2 * Scratch::size<void*>(dense_positions_) +
                   2 * Scratch::size<char>(checked_windows_) + 2 * Scratch::size<char>(dense_windows_) +
@@ -273,13 +277,6 @@ class WeightsRun {
 
   void run_class(const PixelClass& cls, const Item& item, ItemScratch& scratch) const {
     const std::vector<Place> blocks = places(cls, item);
-    Lists lists = plan_.together == 1 ? Lists::kPacked : Lists::kAll;
-    bool any_lists = false;
-    for (const TapGroup& group : cls.groups) {
-      any_lists = any_lists || group.lists;
-      if (!group.lists) lists = Lists::kAll;
-    }
-    if (!any_lists) lists = Lists::kNone;
     // The first block starts all sums, unless it is one of a border's. A chunk may have none.
     const bool starts = !blocks.empty() && blocks.front().part == &cls;
     if (!starts) std::memset(scratch.panel, 0, panel_floats(plan_, cls, item) * sizeof(float));
@@ -287,16 +284,16 @@ class WeightsRun {
     const auto point_at_first = [&](const Place& to, PixelTable& table) {
       point_at_dense(*to.part, to.part->groups[0], to.index, scratch, table);
     };
-    point_at_checked(*blocks[0].part, blocks[0].index, item, lists, scratch, scratch.checked[0]);
+    point_at_checked(*blocks[0].part, blocks[0].index, item, scratch, scratch.checked[0]);
     point_at_first(blocks[0], scratch.dense[0]);
     for (size_t b = 0; b < blocks.size(); ++b) {
       const PixelClass& part = *blocks[b].part;
       const Block block = part.block(blocks[b].index, plan_.shape.n);
       const bool first_block = b == 0 && starts, last = b + 1 == blocks.size();
       const Place next_block = last ? Place{} : blocks[b + 1];
-      const bool any = !plan_.sparse || pack(item, lists, scratch) != 0;
+      const bool any = !plan_.sparse || pack(part, item, scratch) != 0;
       scratch.checked[1].count = 0;
-      if (!last) point_at_checked(*next_block.part, next_block.index, item, lists, scratch, scratch.checked[1]);
+      if (!last) point_at_checked(*next_block.part, next_block.index, item, scratch, scratch.checked[1]);
       if (!any && !first_block && !(direct() && last)) {  // nothing to add, nothing to start or to store
         if (!last) point_at_first(next_block, scratch.dense[0]);
         std::swap(scratch.checked[0], scratch.checked[1]);
@@ -336,16 +333,18 @@ class WeightsRun {
           if (plan_.sparse) {
             const int words = static_cast<int>(ceil_div(scratch.checked[0].count, 64));
             table_.walk[group.rows.taps][group.columns.taps][choice]({scratch.values,
-                                                                      line_,
+                                                                      line(),
                                                                       scratch.masks,
                                                                       words,
                                                                       scratch.lists,
                                                                       list_pitch(),
                                                                       scratch.counts,
-                                                                      lists == Lists::kPacked,
+                                                                      part.lists,
+                                                                      other_values(),
+                                                                      other_list(),
                                                                       plan_.take,
                                                                       channels,
-                                                                      plan_.together,
+                                                                      part.together,
                                                                       scratch.copy,
                                                                       part.pitch,
                                                                       panel,
@@ -385,17 +384,17 @@ class WeightsRun {
 
   // The pixels of a block of the checked operand: for masks position by position; one by one for lists of packed
   // values, up to whole vectors, and for tiles.
-  void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, Lists lists, const ItemScratch& scratch,
+  void point_at_checked(const PixelClass& cls, int64_t index, const Item& item, const ItemScratch& scratch,
                         PixelTable& table) const {
     const Block block = cls.block(index, plan_.shape.n);
     char* windows = table.windows;
     table.count = 0;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
-    const bool gaps = plan_.sparse && lists != Lists::kPacked;
+    const bool gaps = plan_.sparse && !packed(cls);
     const Positions positions = gaps ? Positions(cls) : Positions{block.columns, block.rows};
     table.count = positions.position(block.images - 1, block.rows - 1, block.columns);
     if (gaps) std::fill_n(table.pixels, round_up(table.count, 64), scratch.zeros);
-    if (lists == Lists::kPacked) {
+    if (packed(cls)) {
       const int64_t count = round_up(table.count, kPackPixels);
       std::fill(table.pixels + table.count, table.pixels + count, scratch.zeros);
       std::fill(table.positions + table.count, table.positions + count, uint16_t{0});
@@ -407,7 +406,7 @@ class WeightsRun {
         point_at_row(checked_, block.image + image, cls.rows.start + (block.row + row) * cls.rows.step,
                      cls.columns.start + block.column * cls.columns.step, cls.columns.step, block.columns, item.channel,
                      to, windows);
-        if (lists != Lists::kPacked) continue;
+        if (!packed(cls)) continue;
         std::iota(table.positions + (to - table.pixels), table.positions + (to - table.pixels) + block.columns,
                   static_cast<uint16_t>(cls.position(image, row, 0)));
       }
@@ -436,19 +435,19 @@ class WeightsRun {
   }
 
   // Packs a block for walks. Returns the number of non-zeros.
-  int64_t pack(const Item& item, Lists lists, const ItemScratch& scratch) const {
+  int64_t pack(const PixelClass& part, const Item& item, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
-    if (lists == Lists::kPacked) {
+    if (packed(part)) {
       return table_.pack_lists[dtype_]({table.pixels, table.positions, static_cast<int>(table.count), channels,
-                                        scratch.values, line_, scratch.lists, list_pitch(), scratch.counts,
-                                        lines_apart()});
+                                        part.lists == WeightsLists::kNeighbours, scratch.values, line(), scratch.lists,
+                                        list_pitch(), other_values(), other_list(), scratch.counts, lines_apart()});
     }
     const int64_t nonzeros =
-        table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line_, scratch.masks});
+        table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line(), scratch.masks});
     std::fill_n(scratch.masks + channels * words, (kMaxTogether - 1) * words, 0);  // completes the last set
-    if (lists == Lists::kAll) {
-      table_.list({scratch.masks, words, channels, plan_.together, scratch.positions, scratch.lists, list_pitch(),
+    if (part.lists == WeightsLists::kChannels) {
+      table_.list({scratch.masks, words, channels, part.together, scratch.positions, scratch.lists, list_pitch(),
                    scratch.counts});
     }
     return nonzeros;
@@ -508,7 +507,8 @@ class WeightsRun {
   Tensor drhs_;
   int dtype_;     // of the operands, for tables of kernels
   int64_t size_;  // of one of their elements
-  int64_t positions_ = 0, line_ = 0, dense_positions_ = 0, checked_windows_ = 0, dense_windows_ = 0, copy_floats_ = 0,
+  bool neighbours_ = false;
+  int64_t positions_ = 0, dense_positions_ = 0, checked_windows_ = 0, dense_windows_ = 0, copy_floats_ = 0,
           panel_floats_ = 0, item_floats_ = 0;
 };
 

@@ -166,6 +166,30 @@ def test_weight_gradients_leave_nothing_out_but_padding(case: Case, isa: str) ->
     assert borders > 0 or case not in BORDERS or case.strides != (1, 1) or isa == "portable"
 
 
+# Many taps and features: weight gradients take non-zeros of neighbouring pixels two by two.
+NEIGHBOURS = [
+    same(Case(2, 5, 17, 33, 200, 3, 3)),
+    same(Case(4, 7, 7, 20, 250, 3, 3)),
+    same(Case(3, 9, 14, 18, 136, 5, 5)),
+    same(Case(2, 20, 9, 16, 128, 7, 7)),
+    same(Case(2, 15, 16, 17, 130, 7, 7, (2, 2))),
+]
+
+
+@pytest.mark.parametrize("case", NEIGHBOURS, ids=str)
+def test_weight_gradients_of_neighbouring_nonzeros_are_exact(case: Case, isa: str) -> None:
+    rng = seed("neighbours", case)
+    dims = [case.n, case.h, case.w, case.c, case.k, case.r, case.s]
+    plan = native.plan("bwd_weights", dims, spec_of(case).geometry, 0.43)
+    assert plan["lists"] == "neighbours" or (case.r > 3 and isa != "avx512")
+    for sparsity, pattern in ((0.57, "iid"), (0.57, "blobs"), (0.8, "iid"), (0.3, "channels"), (0.0, "iid")):
+        lhs = values(rng, case.lhs_shape, sparsity, pattern, integers=True)
+        g = values(rng, case.out_shape, integers=True)
+        want = COMPONENTS["bwd_weights"](case, lhs, g).astype(np.float32)
+        got = run("bwd_weights", case, lhs, g, "sparse")
+        np.testing.assert_array_equal(got, want, err_msg=f"{sparsity} {pattern}")
+
+
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_position_of_a_single_nonzero_is_found(component: str, isa: str) -> None:
     case = same(Case(2, 3, 5, 18, 19, 3, 3))
