@@ -355,11 +355,12 @@ struct MaskedProductArgs {
   const uint16_t* counts;
   int capacity;
   int channels;
-  const float* g;       // [position][vectors * lanes], 64-byte aligned
-  int tap_row;          // positions between rows of taps
-  const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned
-  float* values;        // [channel][capacity]
-  bool first;           // values start from zero
+  const float* g;                        // [position][vectors * lanes], 64-byte aligned
+  int tap_row;                           // positions between rows of taps
+  const float* filter;                   // [channel][row of taps][column][vectors * lanes], 64-byte aligned
+  ptrdiff_t filter_channel, filter_row;  // floats between channels and between rows of taps
+  float* values;                         // [channel][capacity]
+  bool first;                            // values start from zero
   WeightsPrefetch next[2];
 };
 

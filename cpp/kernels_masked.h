@@ -98,13 +98,15 @@ struct MaskedProduct {
     for (int c = 0; c < args.channels; ++c) {
       next_g.turn();
       next_x.turn();
-      const float* from = args.filter + static_cast<ptrdiff_t>(c) * (kCount * Isa::kLanes);
+      const float* from = args.filter + c * args.filter_channel;
       const uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
       float* values = args.values + static_cast<ptrdiff_t>(c) * args.capacity;
       Vec filter[kCount];
-      unroll<kCount>([&](auto i) ST_LAMBDA {
-        filter[i] = Isa::load(from + i * Isa::kLanes);
-        __builtin_prefetch(from + (kCount + i) * Isa::kLanes);
+      unroll<kRows>([&](auto r) ST_LAMBDA {
+        unroll<kColumns * kVectors>([&](auto i) ST_LAMBDA {
+          filter[r * kColumns * kVectors + i] = Isa::load(from + r * args.filter_row + i * Isa::kLanes);
+          __builtin_prefetch(from + args.filter_channel + r * args.filter_row + i * Isa::kLanes);
+        });
       });
       for (int count = args.counts[c]; count > 0; count -= kTogether, list += kTogether, values += kTogether) {
         Vec sums[kTogether];

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace sparsetrain {
@@ -61,6 +62,73 @@ struct Meeting {
         begin(std::clamp<int64_t>(-at, 0, positions)),
         end(std::clamp<int64_t>(axis.count - at, begin, positions)) {}
 };
+
+// Pixels [begin, end) of a class along an axis, and those of a run of taps that any of them meets outside of padding.
+struct Part {
+  int64_t begin, end;
+  PixelAxis of(const PixelAxis& whole) const { return {whole.start + begin * whole.step, whole.step, end - begin}; }
+  int first(const TapAxis& axis) const { return static_cast<int>(std::max<int64_t>(0, 1 - end - axis.offset)); }
+  int last(const TapAxis& axis) const {
+    return static_cast<int>(std::min<int64_t>(axis.taps, axis.count - begin - axis.offset));
+  }
+  TapAxis of(const TapAxis& whole, int first_tap, int last_tap) const {
+    TapAxis axis = whole;
+    axis.tap += first_tap * whole.tap_step;
+    axis.taps = last_tap - first_tap;
+    axis.offset += first_tap + begin;
+    return axis;
+  }
+};
+
+// Taps [top, bottom) x [left, right).
+struct TapRectangle {
+  int top, bottom, left, right;
+  bool empty() const { return top >= bottom || left >= right; }
+};
+
+// Those that any of the pixels rows x columns meets, enlarged until offered(rows, columns) is true, as it is for all of
+// them.
+template <class Offered>
+TapRectangle taps_met(const Part& rows, const Part& columns, const TapAxis& row_taps, const TapAxis& column_taps,
+                      Offered&& offered) {
+  TapRectangle taps = {rows.first(row_taps), rows.last(row_taps), columns.first(column_taps),
+                       columns.last(column_taps)};
+  while (!taps.empty() && !offered(taps.bottom - taps.top, taps.right - taps.left)) {
+    if (taps.right < column_taps.taps) {
+      ++taps.right;
+    } else if (taps.left > 0) {
+      --taps.left;
+    } else if (taps.bottom < row_taps.taps) {
+      ++taps.bottom;
+    } else {
+      --taps.top;
+    }
+  }
+  return taps;
+}
+
+// Calls f(row, columns) for each row of pixels beyond `rows`, and f(rows, column) for each column beyond `columns`.
+template <class F>
+void for_borders(int64_t row_count, int64_t column_count, const Part& rows, const Part& columns, F&& f) {
+  for (int64_t y = 0; y < row_count; ++y) {
+    if (y < rows.begin || y >= rows.end) f(Part{y, y + 1}, Part{0, column_count});
+  }
+  for (int64_t x = 0; x < column_count; ++x) {
+    if (x < columns.begin || x >= columns.end) f(rows, Part{x, x + 1});
+  }
+}
+
+// Pixels at either end of an axis that meet padding with some taps; `of` names the axis of a group of taps.
+template <class Group>
+std::pair<int64_t, int64_t> ends_of(const PixelAxis& pixels, const std::vector<Group>& groups, TapAxis Group::* of) {
+  int64_t before = 0, after = 0;
+  for (const Group& group : groups) {
+    const TapAxis& axis = group.*of;
+    before = std::max(before, -axis.offset);
+    after = std::max(after, pixels.count + axis.taps - 1 + axis.offset - axis.count);
+  }
+  return {before, after};
+}
 
 // A block of pixels of a class: first image, row and column, and how many of each.
 struct Block {

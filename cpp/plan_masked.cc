@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -77,8 +78,10 @@ int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const 
 void add_step(const TapAxis& rows, const TapAxis& columns, int64_t first, int vectors, MaskedPlan& plan,
               MaskedClass& cls) {
   const int64_t width = static_cast<int64_t>(vectors) * plan.lanes, count = std::min(width, plan.shape.k - first);
-  cls.steps.push_back({rows, columns, first, static_cast<int>(count), vectors, plan.filter_floats});
-  plan.filter_floats += plan.shape.c * rows.taps * columns.taps * width;
+  const int64_t row = columns.taps * width, channel = rows.taps * row;
+  cls.steps.push_back({rows, columns, first, static_cast<int>(count), vectors, plan.filter_floats, channel, row});
+  plan.filters.push_back(cls.steps.back());
+  plan.filter_floats += plan.shape.c * channel;
 }
 
 void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine& machine, MaskedPlan& plan,
@@ -187,7 +190,91 @@ int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double dens
   return std::clamp<int64_t>(machine.caches.l2_bytes / 4 / point_bytes, 32, 256);
 }
 
-void plan_product(double density, const WeightsMachine& machine, MaskedPlan& plan) {
+double pixels_of(const MaskedPlan& plan, const MaskedClass& cls) {
+  return static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
+}
+
+// Multiply-adds of a class, padding included.
+double multiply_adds(const MaskedPlan& plan, const MaskedClass& cls) {
+  double vectors = 0;
+  for (const MaskedStep& step : cls.steps) vectors += step.rows.taps * step.columns.taps * step.vectors;
+  return pixels_of(plan, cls) * static_cast<double>(plan.shape.c) * vectors;
+}
+
+double product_cost(const MaskedPlan& plan, const MaskedClass& cls, double density, const WeightsMachine& machine) {
+  const Costs costs = costs_of(machine);
+  const double pixels = pixels_of(plan, cls), channels = static_cast<double>(plan.shape.c);
+  const int64_t steps = static_cast<int64_t>(cls.steps.size());
+  if (steps == 0) return kEmptyCost * pixels * channels;
+  if (cls.points) {
+    return pixels * point_cost(plan.shape, steps, cls.steps.front().vectors, density, machine) *
+           (steps > 1 ? costs.point_steps : 1);
+  }
+  return density * costs.product * multiply_adds(plan, cls) + costs.element * pixels * channels +
+         static_cast<double>(cls.block_count() * steps) * channels * costs.channel;
+}
+
+// The pixels rows x columns of a class with the taps that any of them meets, or a few more.
+MaskedClass part_of(const MaskedClass& whole, const Part& rows, const Part& columns, const MaskedPlan& plan,
+                    double density, const WeightsMachine& machine) {
+  MaskedClass part = whole;
+  part.rows = rows.of(whole.rows);
+  part.columns = columns.of(whole.columns);
+  part.steps.clear();
+  for (const MaskedStep& step : whole.steps) {
+    // Steps with the same taps stay alike: they meet the same pixels of g.
+    const auto offered = [&](int tap_rows, int tap_columns) {
+      return std::all_of(whole.steps.begin(), whole.steps.end(), [&](const MaskedStep& other) {
+        return other.rows.tap != step.rows.tap || other.columns.tap != step.columns.tap ||
+               masked_offered(tap_rows, tap_columns, other.vectors, machine.registers);
+      });
+    };
+    const TapRectangle taps = taps_met(rows, columns, step.rows, step.columns, offered);
+    if (taps.empty()) continue;
+    MaskedStep met = step;
+    met.rows = rows.of(step.rows, taps.top, taps.bottom);
+    met.columns = columns.of(step.columns, taps.left, taps.right);
+    met.filter += taps.top * step.filter_row + taps.left * step.vectors * plan.lanes;
+    part.steps.push_back(met);
+  }
+  part.points = part.steps.empty();
+  block_pixels(plan.shape, block_budget(plan, part, density, machine), part);
+  return part;
+}
+
+// Adds a class of products to the plan, its borders cut off where the whole gains by it.
+void add_product(const MaskedClass& whole, double density, const WeightsMachine& machine, MaskedPlan& plan) {
+  const auto [top, bottom] = ends_of(whole.rows, whole.steps, &MaskedStep::rows);
+  const auto [left, right] = ends_of(whole.columns, whole.steps, &MaskedStep::columns);
+  // Every block passes by all filters once more, which may have to come from L3.
+  const bool far = 4 * plan.filter_floats > machine.caches.l2_bytes / 2;
+  const double pass = far ? costs_of(machine).channel * static_cast<double>(plan.shape.c) : 0;
+  const auto cost_of = [&](const MaskedClass& cls) {
+    return product_cost(plan, cls, density, machine) +
+           pass * static_cast<double>(cls.block_count() * static_cast<int64_t>(cls.steps.size()));
+  };
+  std::vector<MaskedClass> best = {whole};
+  double least = cost_of(whole);
+  for (const bool and_columns : {false, true}) {
+    const Part rows{top, whole.rows.count - bottom};
+    const Part columns = and_columns ? Part{left, whole.columns.count - right} : Part{0, whole.columns.count};
+    if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
+    std::vector<MaskedClass> parts;
+    double cost = 0;
+    const auto add = [&](const Part& part_rows, const Part& part_columns) {
+      parts.push_back(part_of(whole, part_rows, part_columns, plan, density, machine));
+      cost += cost_of(parts.back());
+    };
+    add(rows, columns);
+    for_borders(whole.rows.count, whole.columns.count, rows, columns, add);
+    if (cost < 0.99 * least) least = cost, best = std::move(parts);
+  }
+  std::move(best.begin(), best.end(), std::back_inserter(plan.classes));
+}
+
+// Returns the multiply-adds of the dense BWI.
+double plan_product(double density, const WeightsMachine& machine, MaskedPlan& plan) {
+  double dense = 0;
   const ConvShape& shape = plan.shape;
   for (const AxisClass& row : split_axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top)) {
     for (const AxisClass& column : split_axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left)) {
@@ -205,9 +292,11 @@ void plan_product(double density, const WeightsMachine& machine, MaskedPlan& pla
         }
       }
       block_pixels(shape, block_budget(plan, cls, density, machine), cls);
-      plan.classes.push_back(std::move(cls));
+      dense += multiply_adds(plan, cls);
+      cls.points ? plan.classes.push_back(cls) : add_product(cls, density, machine, plan);
     }
   }
+  return dense;
 }
 
 // Channels of an item.
@@ -229,29 +318,14 @@ void cut_channels(const WeightsMachine& machine, MaskedPlan& plan) {
   plan.channel_block = round_up(ceil_div(shape.c, pieces), unit);
 }
 
-void estimate(const Densities& densities, const WeightsMachine& machine, MaskedPlan& plan) {
+// `dense`: multiply-adds of the dense BWI.
+void estimate(const Densities& densities, const WeightsMachine& machine, double dense, MaskedPlan& plan) {
   const Costs costs = costs_of(machine);
   const ConvShape& shape = plan.shape;
-  double dense = 0, product = 0, elements = 0;
+  double product = 0, elements = 0;
   for (const MaskedClass& cls : plan.classes) {
-    const double pixels = static_cast<double>(shape.n * cls.rows.count * cls.columns.count);
-    const double channels = static_cast<double>(shape.c);
-    double fmas = 0;
-    for (const MaskedStep& step : cls.steps) {
-      fmas += pixels * channels * step.rows.taps * step.columns.taps * step.vectors;
-      if (!cls.points) product += static_cast<double>(cls.block_count()) * channels * costs.channel;
-    }
-    dense += fmas;
-    elements += pixels * channels;
-    if (!cls.points) {
-      product += densities.lhs * costs.product * fmas + costs.element * pixels * channels;
-    } else if (cls.steps.empty()) {
-      product += kEmptyCost * pixels * channels;
-    } else {
-      const int64_t steps = static_cast<int64_t>(cls.steps.size());
-      product += pixels * point_cost(shape, steps, cls.steps.front().vectors, densities.lhs, machine) *
-                 (steps > 1 ? costs.point_steps : 1);
-    }
+    product += product_cost(plan, cls, densities.lhs, machine);
+    elements += pixels_of(plan, cls) * static_cast<double>(shape.c);
   }
   if (4 * plan.filter_floats > machine.caches.l2_bytes / 2) product += costs.filter * plan.filter_floats / plan.lanes;
   plan.product_cost = product;
@@ -277,8 +351,8 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   }
   plan.lanes = machine.lanes;
   plan.stream = shape.c % plan.lanes == 0 && 4 * given.n * given.h * given.w * given.c > machine.caches.l3_bytes / 4;
-  plan_product(densities.lhs, machine, plan);
-  estimate(densities, machine, plan);
+  const double dense = plan_product(densities.lhs, machine, plan);
+  estimate(densities, machine, dense, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
   plan.serial = too_small_for_threads(plan.product_cost, plan.filter_floats / plan.lanes);
   cut_channels(machine, plan);

@@ -5,7 +5,9 @@
 // estimate is taken.
 //
 // The product goes by classes: pixels of x that are a stride apart meet the same taps, and neighbours in a class meet
-// neighbouring pixels of g. Blocking, from outside in, in the order of the loops in run_masked.cc:
+// neighbouring pixels of g. Rows and columns of pixels that meet padding with some taps are classes of their own with
+// fewer taps, if that saves more than their lists cost. Blocking, from outside in, in the order of the loops in
+// run_masked.cc:
 //   item           a block of pixels of a class, images x rows x columns, for a block of channels: listed once, values
 //                  wait in L2 between steps
 //   step           a rectangle of taps x a few vectors of features: what a product holds in registers; the block of g
@@ -32,7 +34,9 @@ struct MaskedStep {
   TapAxis rows, columns;
   int64_t feature;  // the first
   int features, vectors;
-  int64_t filter;  // floats before its filters, [channel][tap][vectors * lanes], in the packed kernel
+  // Its filters in the packed kernel, [channel][row of taps][column][vectors * lanes]: floats before them, between
+  // channels and between rows.
+  int64_t filter, filter_channel, filter_row;
 };
 
 // Pixels of x.
@@ -50,6 +54,7 @@ struct MaskedPlan {
   bool serial;      // a product too small for threads
   int lanes;
   std::vector<MaskedClass> classes;
+  std::vector<MaskedStep> filters;  // of the packed kernel; steps have these, or some of their taps
   int64_t channel_block;
   int64_t filter_floats;                    // of the packed kernel
   double product_cost, g_cost, dense_cost;  // estimates, in multiply-adds of a vector

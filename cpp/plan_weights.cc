@@ -218,23 +218,6 @@ void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine&
   cls = best;
 }
 
-// Pixels [begin, end) of a class along an axis, and those of a run of taps that any of them meets outside of padding.
-struct Part {
-  int64_t begin, end;
-  PixelAxis of(const PixelAxis& whole) const { return {whole.start + begin * whole.step, whole.step, end - begin}; }
-  int first(const TapAxis& axis) const { return static_cast<int>(std::max<int64_t>(0, 1 - end - axis.offset)); }
-  int last(const TapAxis& axis) const {
-    return static_cast<int>(std::min<int64_t>(axis.taps, axis.count - begin - axis.offset));
-  }
-  TapAxis of(const TapAxis& whole, int first_tap, int last_tap) const {
-    TapAxis axis = whole;
-    axis.tap += first_tap * whole.tap_step;
-    axis.taps = last_tap - first_tap;
-    axis.offset += first_tap + begin;
-    return axis;
-  }
-};
-
 // What a class becomes without its borders: fewer pixels, all taps.
 PixelClass inner_of(const PixelClass& whole, const Part& rows, const Part& columns) {
   PixelClass inner = whole;
@@ -256,41 +239,19 @@ PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& colu
   border.rows = rows.of(whole.rows);
   border.columns = columns.of(whole.columns);
   for (const TapGroup& group : whole.groups) {
-    int top = rows.first(group.rows), bottom = rows.last(group.rows);
-    int left = columns.first(group.columns), right = columns.last(group.columns);
-    if (top >= bottom || left >= right) continue;
-    // The next larger rectangle that a kernel exists for; that of the whole group does.
-    while (!walk_lists((bottom - top) * (right - left)) ||
-           !walk_offered(bottom - top, right - left, group.vectors, machine.registers)) {
-      if (right < group.columns.taps) {
-        ++right;
-      } else if (left > 0) {
-        --left;
-      } else if (bottom < group.rows.taps) {
-        ++bottom;
-      } else {
-        --top;
-      }
-    }
-    TapGroup taps = group;
-    taps.rows = rows.of(group.rows, top, bottom);
-    taps.columns = columns.of(group.columns, left, right);
-    taps.place.first = top * group.columns.taps + left;
-    border.groups.push_back(taps);
+    const auto offered = [&](int tap_rows, int tap_columns) {
+      return walk_lists(tap_rows * tap_columns) &&
+             walk_offered(tap_rows, tap_columns, group.vectors, machine.registers);
+    };
+    const TapRectangle taps = taps_met(rows, columns, group.rows, group.columns, offered);
+    if (taps.empty()) continue;
+    TapGroup met = group;
+    met.rows = rows.of(group.rows, taps.top, taps.bottom);
+    met.columns = columns.of(group.columns, taps.left, taps.right);
+    met.place.first = taps.top * group.columns.taps + taps.left;
+    border.groups.push_back(met);
   }
   return border;
-}
-
-// Pixels at either end of an axis that meet padding with some taps.
-std::pair<int64_t, int64_t> ends_of(const PixelAxis& pixels, const std::vector<TapGroup>& groups,
-                                    TapAxis TapGroup::* of) {
-  int64_t before = 0, after = 0;
-  for (const TapGroup& group : groups) {
-    const TapAxis& axis = group.*of;
-    before = std::max(before, -axis.offset);
-    after = std::max(after, pixels.count + axis.taps - 1 + axis.offset - axis.count);
-  }
-  return {before, after};
 }
 
 // What walking a class costs, in multiply-adds for a vector of features. Fitted to classes with and without borders;
@@ -320,23 +281,17 @@ void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& 
   }
   const auto [top, bottom] = ends_of(cls.rows, cls.groups, &TapGroup::rows);
   const auto [left, right] = ends_of(cls.columns, cls.groups, &TapGroup::columns);
-  const Part all_columns{0, cls.columns.count};
   PixelClass best = cls;
   for (const bool and_columns : {false, true}) {
     const Part rows{top, cls.rows.count - bottom};
-    const Part columns = and_columns ? Part{left, cls.columns.count - right} : all_columns;
+    const Part columns = and_columns ? Part{left, cls.columns.count - right} : Part{0, cls.columns.count};
     if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
     PixelClass inner = inner_of(cls, rows, columns);
     const auto add = [&](const Part& border_rows, const Part& border_columns) {
       const PixelClass border = border_of(cls, border_rows, border_columns, machine);
       if (!border.groups.empty()) inner.borders.push_back(border);
     };
-    for (int64_t y = 0; y < cls.rows.count; ++y) {
-      if (y < rows.begin || y >= rows.end) add({y, y + 1}, all_columns);
-    }
-    for (int64_t x = 0; x < cls.columns.count; ++x) {
-      if (x < columns.begin || x >= columns.end) add(rows, {x, x + 1});
-    }
+    for_borders(cls.rows.count, cls.columns.count, rows, columns, add);
     block_pixels(plan, density, machine, inner);
     for (PixelClass& border : inner.borders) block_pixels(plan, density, machine, border);
     if (walk_cost(plan, density, machine, inner) < 0.99 * walk_cost(plan, density, machine, best)) best = inner;

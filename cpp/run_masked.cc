@@ -32,7 +32,6 @@ class MaskedRun {
     stream_ = plan.stream && dlhs.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(dlhs.data) % 64 == 0;
     for (const MaskedClass& cls : plan.classes) {
       for (const MaskedStep& step : cls.steps) {
-        steps_.push_back(&step);
         const int64_t positions = cls.position(cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
                                                cls.block_columns + step.columns.taps - 1);
         g_positions_ = std::max(g_positions_, positions);
@@ -43,13 +42,13 @@ class MaskedRun {
     capacity_ = slots_ + 16;  // room for whole vectors; lists at multiples of 64 would share cache sets
   }
 
-  int64_t packs() const { return static_cast<int64_t>(steps_.size()) * ceil_div(plan_.shape.c, kPackChannels); }
+  int64_t packs() const { return static_cast<int64_t>(plan_.filters.size()) * ceil_div(plan_.shape.c, kPackChannels); }
 
   // Copies the filters of a step, for some channels, to the order in which products read them.
   void pack(int64_t index) const {
     const ConvShape& s = plan_.shape;
     const int64_t pieces = ceil_div(s.c, kPackChannels);
-    const MaskedStep& step = *steps_[index / pieces];
+    const MaskedStep& step = plan_.filters[index / pieces];
     const int64_t begin = index % pieces * kPackChannels, end = std::min(s.c, begin + kPackChannels);
     const int64_t width = static_cast<int64_t>(step.vectors) * plan_.lanes, taps = step.rows.taps * step.columns.taps;
     for (int64_t t = 0; t < taps; ++t) {
@@ -162,7 +161,7 @@ class MaskedRun {
       }
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
       const WeightsPrefetch next_x = {ahead_x + begin, end - begin, 0, ceil_div(ahead.channels * x_.size(), 64)};
-      const float* filter = filter_ + step.filter + item.channel * step.rows.taps * step.columns.taps * width;
+      const float* filter = filter_ + step.filter + item.channel * step.filter_channel;
       table.product[step.rows.taps][step.columns.taps][choice]({lists,
                                                                 counts,
                                                                 capacity,
@@ -170,6 +169,8 @@ class MaskedRun {
                                                                 g,
                                                                 static_cast<int>(cls.pitch),
                                                                 filter,
+                                                                step.filter_channel,
+                                                                step.filter_row,
                                                                 values,
                                                                 i == 0,
                                                                 {next_g, next_x}});
@@ -289,7 +290,6 @@ class MaskedRun {
   int dtype_;  // of the operands, for tables of kernels
   float* filter_;
   bool stream_;
-  std::vector<const MaskedStep*> steps_;
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 

@@ -514,6 +514,31 @@ def test_the_masked_input_gradient_of_small_integers_is_exact(case: Case, isa: s
             np.testing.assert_array_equal(run_masked(case, g, rhs, x, mode), want)
 
 
+# Few features, many, and a last step of its own width.
+@pytest.mark.parametrize("features", [16, 48, 72, 160])
+@pytest.mark.parametrize("case", [*BORDERS, *NARROW_IMAGES], ids=str)
+def test_masked_input_gradients_leave_nothing_out_but_padding(case: Case, features: int, isa: str) -> None:
+    case = case._replace(k=features)
+    rng = seed("masked borders", case)
+    g = values(rng, case.out_shape, integers=True)
+    rhs = values(rng, case.rhs_shape, integers=True)
+    whole = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
+    for sparsity in (0.0, 0.5, 0.7, 0.9):
+        x = values(rng, case.lhs_shape, sparsity)
+        got = run_masked(case, g, rhs, x, "sparse")
+        np.testing.assert_array_equal(got, np.where(x != 0, whole, 0), err_msg=str(sparsity))
+
+
+def test_masked_input_gradients_of_small_images_have_classes_for_their_borders(isa: str) -> None:
+    for size in (7, 14):
+        dims = [16, size, size, 128, 256, 3, 3]
+        plan = native.plan("bwd_input_masked", dims, [1, 1, 1, 1, 1, 1], 0.5)
+        assert plan["path"] == "product", plan
+        assert int(plan["pixel_classes"]) > 1 or isa == "portable", plan  # whose steps are many and narrow
+        few = native.plan("bwd_input_masked", dims, [1, 1, 1, 1, 1, 1], 0.02)
+        assert int(few["pixel_classes"]) == 1, few
+
+
 def test_the_masked_input_gradient_ignores_nonfinite_gradients_where_x_is_zero(isa: str) -> None:
     case = same(Case(1, 6, 6, 16, 16, 3, 3))
     rng = seed("masked nan")
