@@ -163,10 +163,12 @@ constexpr bool walk_lists(int taps) { return taps >= 4; }
 
 // What a walk reads of a block of the checked operand.
 enum class WeightsLists {
-  kMasks,       // bits of masks, and values in place
-  kChannels,    // lists of positions by sets of channels (masks where walks have no lists), and values in place
-  kPacked,      // each channel's list, and its packed values
-  kNeighbours,  // the same in two lists: non-zeros at neighbouring positions, by the first of each two; and the others
+  kMasks,     // bits of masks, and values in place
+  kChannels,  // lists of positions by sets of channels (masks where walks have no lists), and values in place
+  kPacked,    // each channel's list, and its packed values
+  // The same in two lists: non-zeros at neighbouring positions, by the first of each two; and the others. Only for taps
+  // that have lists in any case.
+  kNeighbours,
 };
 
 // Transposes a block of the checked operand: a line of values and a bit mask of its non-zeros per channel.
@@ -357,7 +359,7 @@ struct MaskedProductArgs {
   int channels;
   const float* g;                        // [position][vectors * lanes], 64-byte aligned
   int tap_row;                           // positions between rows of taps
-  const float* filter;                   // [channel][row of taps][column][vectors * lanes], 64-byte aligned
+  const float* filter;                   // [channel][row of taps][column][vectors * lanes]
   ptrdiff_t filter_channel, filter_row;  // floats between channels and between rows of taps
   float* values;                         // [channel][capacity]
   bool first;                            // values start from zero

@@ -94,19 +94,23 @@ struct MaskedProduct {
   static void run(const MaskedProductArgs& args) {
     const float* g = args.g;
     const ptrdiff_t row = static_cast<ptrdiff_t>(args.tap_row) * kWidth;
+    const ptrdiff_t filter_channel = args.filter_channel, filter_row = args.filter_row;
+    const float* next = args.filter;
     Prefetcher next_g(args.next[0], args.channels), next_x(args.next[1], args.channels);
     for (int c = 0; c < args.channels; ++c) {
       next_g.turn();
       next_x.turn();
-      const float* from = args.filter + c * args.filter_channel;
       const uint16_t* list = args.lists + static_cast<ptrdiff_t>(c) * args.capacity;
       float* values = args.values + static_cast<ptrdiff_t>(c) * args.capacity;
       Vec filter[kCount];
+      const float *from = next, *ahead = next += filter_channel;
       unroll<kRows>([&](auto r) ST_LAMBDA {
         unroll<kColumns * kVectors>([&](auto i) ST_LAMBDA {
-          filter[r * kColumns * kVectors + i] = Isa::load(from + r * args.filter_row + i * Isa::kLanes);
-          __builtin_prefetch(from + args.filter_channel + r * args.filter_row + i * Isa::kLanes);
+          filter[r * kColumns * kVectors + i] = Isa::load(from + i * Isa::kLanes);
+          __builtin_prefetch(ahead + i * Isa::kLanes);
         });
+        from += filter_row;
+        ahead += filter_row;
       });
       for (int count = args.counts[c]; count > 0; count -= kTogether, list += kTogether, values += kTogether) {
         Vec sums[kTogether];

@@ -217,7 +217,7 @@ struct Walk {
     if (kTogether == 1 && args.kind == WeightsLists::kPacked) {
       walk_packed(args, list, counts[0], values, acc[0]);
     } else if (kTogether == 1 && args.kind == WeightsLists::kNeighbours) {
-      walk_neighbours(args, list, counts, values, acc[0]);
+      if constexpr (walk_lists(kTaps)) walk_neighbours(args, list, counts, values, acc[0]);
     } else if constexpr (kLists) {
       unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
         for_entries(list, counts[index],
@@ -270,7 +270,7 @@ struct Walk {
       } else if (together == 2) {
         if constexpr (kPairs) {
           walk<2>(args, c, channels, list, counts);
-        } else {  // one after the other
+        } else {  // one after the other, each with a list that both of these make
           const uint16_t a[] = {static_cast<uint16_t>(counts[0] + counts[1]), 0};
           const uint16_t b[] = {static_cast<uint16_t>(counts[1] + counts[2]), 0};
           walk<1>(args, c, 1, list, a);

@@ -107,7 +107,7 @@ TapRectangle taps_met(const Part& rows, const Part& columns, const TapAxis& row_
   return taps;
 }
 
-// Calls f(row, columns) for each row of pixels beyond `rows`, and f(rows, column) for each column beyond `columns`.
+// Calls f(row, all columns) for each row of pixels beyond `rows`, and f(rows, column) for each column beyond `columns`.
 template <class F>
 void for_borders(int64_t row_count, int64_t column_count, const Part& rows, const Part& columns, F&& f) {
   for (int64_t y = 0; y < row_count; ++y) {

@@ -247,8 +247,8 @@ void add_product(const MaskedClass& whole, double density, const WeightsMachine&
   const auto [top, bottom] = ends_of(whole.rows, whole.steps, &MaskedStep::rows);
   const auto [left, right] = ends_of(whole.columns, whole.steps, &MaskedStep::columns);
   // Every block passes by all filters once more, which may have to come from L3.
-  const bool far = 4 * plan.filter_floats > machine.caches.l2_bytes / 2;
-  const double pass = far ? costs_of(machine).channel * static_cast<double>(plan.shape.c) : 0;
+  const bool far = 4 * plan.shape.rhs_size() > machine.caches.l2_bytes / 2;
+  const double pass = far ? costs_of(machine).channel / 2 * static_cast<double>(plan.shape.c) : 0;
   const auto cost_of = [&](const MaskedClass& cls) {
     return product_cost(plan, cls, density, machine) +
            pass * static_cast<double>(cls.block_count() * static_cast<int64_t>(cls.steps.size()));

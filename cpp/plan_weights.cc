@@ -1,7 +1,6 @@
 #include "plan_weights.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 
 #include "kernels.h"

@@ -20,8 +20,9 @@
 //   group, step    taps x vectors of features in registers: the dense block of a step stays in L1
 //
 // Scratch: per thread a panel of at most 4 L2 (it streams), a packed block of about a third of L2 with lists of
-// positions half as large, and a dense block of about L1; per call the sums of all chunks, at most 4 L2. (A kernel
-// or image row that is itself larger than these may exceed them.)
+// positions half as large (room for twice and one and a half times that where neighbours are apart, no more of it
+// used), and a dense block of about L1; per call the sums of all chunks, at most 4 L2. (A kernel or image row that is
+// itself larger than these may exceed them.)
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,5 @@
 // Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm, plan_masked.h the blocking.
 #include <algorithm>
-#include <cstring>
-#include <vector>
 
 #include "conv.h"
 #include "isa.h"

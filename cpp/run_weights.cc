@@ -190,7 +190,8 @@ class WeightsRun {
   ptrdiff_t other_values() const { return neighbours_ ? positions_ + kLinePad : 0; }
   ptrdiff_t other_list() const { return neighbours_ ? positions_ / 2 + kListPad : 0; }
   ptrdiff_t line() const { return other_values() + positions_ + kLinePad; }
-  ptrdiff_t list_pitch() const { return other_list() + positions_ + kListPad; }
+  // An odd number of lines, so that the ends of lists, where they are written, do not share cache sets.
+  ptrdiff_t list_pitch() const { return (other_list() + positions_ + kListPad) | kListPad; }
 
   // The last walk of a panel writes drhs itself; sums are narrowed when they are complete.
   bool direct() const { return plan_.lhs_checked && plan_.chunks == 1 && drhs_.dtype == DType::kF32; }

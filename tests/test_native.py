@@ -147,7 +147,7 @@ rng = np.random.default_rng(0)
 digest = hashlib.sha256()
 for n, h, w, c, k, r, stride in ((4, 28, 28, 64, 96, 3, 1), (3, 15, 17, 48, 80, 3, 2), (8, 14, 14, 128, 64, 1, 1),
                                  (2, 30, 30, 3, 64, 7, 2), (1, 7, 7, 512, 64, 3, 1), (2, 14, 14, 200, 70, 3, 1),
-                                 (16, 7, 7, 64, 96, 3, 1), (16, 28, 28, 16, 32, 3, 1)):
+                                 (16, 7, 7, 64, 96, 3, 1), (16, 28, 28, 16, 32, 3, 1), (2, 14, 14, 32, 256, 3, 1)):
     pad = ((r - 1) // 2, r // 2)
     for mode in ("sparse", "dense", *(["auto"] if native.isa() != "portable" else [])):  # where auto is XLA's own
         spec = ConvSpec((h, w), (r, r), (stride, stride), (pad, pad), mode)
