@@ -333,10 +333,11 @@ constexpr int kMaskedTaps = 3;           // rows and columns of taps of one prod
 constexpr int kMaskedVectorChoices = 4;  // a product takes 1, 2, 4 or 8 vectors of features, indexed by logarithm
 
 // Which products exist: the filter of a channel sits in registers, beside four sums. Of each rectangle of taps the
-// widest and half of it, so that the last step of few features is not mostly padding. A single tap goes by points.
+// widest and half of it, so that the last step of few features is not mostly padding; and those as narrow for which
+// borders leave two thirds of the taps. A single tap goes by points.
 constexpr bool masked_offered(int rows, int columns, int vectors, int registers) {
   const int most = registers - 5, needed = rows * columns * vectors;
-  return rows * columns > 1 && needed <= most && 4 * needed > most;
+  return rows * columns > 1 && needed <= most && 5 * needed > most;
 }
 
 // Masks of x, and the active slots of every channel, by the position that the first tap of each meets.

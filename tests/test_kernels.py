@@ -533,7 +533,7 @@ def test_masked_input_gradients_leave_nothing_out_but_padding(case: Case, featur
     dims = [case.n, case.h, case.w, case.c, case.k, case.r, case.s]
     plan = native.plan("bwd_input_masked", dims, spec_of(case).geometry, 0.5)
     if isa.startswith("avx512") and case.strides == (1, 1) and case in [b._replace(k=features) for b in BORDERS]:
-        assert int(plan["pixel_classes"]) > 1 or features not in (64, 160), plan
+        assert int(plan["pixel_classes"]) > 1 or (case.r > 3 and features == 16), plan
 
 
 def test_masked_input_gradients_of_small_images_have_classes_for_their_borders(isa: str) -> None:
