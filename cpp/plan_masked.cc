@@ -19,6 +19,7 @@ constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
 constexpr double kSkippingCost1x1 = 0.25, kSkippingSlope1x1 = 1.0;
 constexpr double kSkippingMost = 1.1;
 constexpr double kRounding = 1.5;  // entries that fill up the last group of a list
+constexpr double kPiece = 0.008;   // what each further piece of taps adds to a multiply-add of a product
 
 // Costs in multiply-adds of a vector of the dense BWI, fitted to measurements.
 struct Costs {
@@ -210,7 +211,10 @@ double product_cost(const MaskedPlan& plan, const MaskedClass& cls, double densi
     return pixels * point_cost(plan.shape, steps, cls.steps.front().vectors, density, machine) *
            (steps > 1 ? costs.point_steps : 1);
   }
-  return density * costs.product * multiply_adds(plan, cls) + costs.element * pixels * channels +
+  const int64_t pieces =
+      std::count_if(cls.steps.begin(), cls.steps.end(), [](const MaskedStep& step) { return step.feature == 0; });
+  const double fma = costs.product * (1 + kPiece * static_cast<double>(pieces - 1));
+  return density * fma * multiply_adds(plan, cls) + costs.element * pixels * channels +
          static_cast<double>(cls.block_count() * steps) * channels * costs.channel;
 }
 
