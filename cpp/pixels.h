@@ -107,6 +107,18 @@ TapRectangle taps_met(const Part& rows, const Part& columns, const TapAxis& row_
   return taps;
 }
 
+// Pixels at either end of an axis that meet padding with some taps; `of` names the axis of a group of taps.
+template <class Group>
+std::pair<int64_t, int64_t> ends_of(const PixelAxis& pixels, const std::vector<Group>& groups, TapAxis Group::* of) {
+  int64_t before = 0, after = 0;
+  for (const Group& group : groups) {
+    const TapAxis& axis = group.*of;
+    before = std::max(before, -axis.offset);
+    after = std::max(after, pixels.count + axis.taps - 1 + axis.offset - axis.count);
+  }
+  return {before, after};
+}
+
 // Calls f(row, all columns) for each row of pixels beyond `rows`, and f(rows, column) for each column beyond `columns`.
 template <class F>
 void for_borders(int64_t row_count, int64_t column_count, const Part& rows, const Part& columns, F&& f) {
@@ -118,16 +130,16 @@ void for_borders(int64_t row_count, int64_t column_count, const Part& rows, cons
   }
 }
 
-// Pixels at either end of an axis that meet padding with some taps; `of` names the axis of a group of taps.
-template <class Group>
-std::pair<int64_t, int64_t> ends_of(const PixelAxis& pixels, const std::vector<Group>& groups, TapAxis Group::* of) {
-  int64_t before = 0, after = 0;
-  for (const Group& group : groups) {
-    const TapAxis& axis = group.*of;
-    before = std::max(before, -axis.offset);
-    after = std::max(after, pixels.count + axis.taps - 1 + axis.offset - axis.count);
-  }
-  return {before, after};
+// Calls f(rows, columns) for the pixels that are left when the rows that meet padding with some taps of any group are
+// cut off, then for those without such columns either; unless none are left.
+template <class Group, class F>
+void for_cuts(const PixelAxis& rows, const PixelAxis& columns, const std::vector<Group>& groups, F&& f) {
+  const auto [top, bottom] = ends_of(rows, groups, &Group::rows);
+  const auto [left, right] = ends_of(columns, groups, &Group::columns);
+  const Part inner_rows{top, rows.count - bottom}, inner_columns{left, columns.count - right};
+  if (inner_rows.begin >= inner_rows.end || columns.count == 0) return;
+  f(inner_rows, Part{0, columns.count});
+  if (inner_columns.begin < inner_columns.end) f(inner_rows, inner_columns);
 }
 
 // A block of pixels of a class: first image, row and column, and how many of each.

@@ -225,15 +225,16 @@ MaskedClass part_of(const MaskedClass& whole, const Part& rows, const Part& colu
   part.rows = rows.of(whole.rows);
   part.columns = columns.of(whole.columns);
   part.steps.clear();
+  TapRectangle taps{};
   for (const MaskedStep& step : whole.steps) {
-    // Steps with the same taps stay alike: they meet the same pixels of g.
+    // Steps with the same taps follow each other and stay alike: they meet the same pixels of g.
     const auto offered = [&](int tap_rows, int tap_columns) {
       return std::all_of(whole.steps.begin(), whole.steps.end(), [&](const MaskedStep& other) {
         return other.rows.tap != step.rows.tap || other.columns.tap != step.columns.tap ||
                masked_offered(tap_rows, tap_columns, other.vectors, machine.registers);
       });
     };
-    const TapRectangle taps = taps_met(rows, columns, step.rows, step.columns, offered);
+    if (step.feature == 0) taps = taps_met(rows, columns, step.rows, step.columns, offered);
     if (taps.empty()) continue;
     MaskedStep met = step;
     met.rows = rows.of(step.rows, taps.top, taps.bottom);
@@ -248,8 +249,6 @@ MaskedClass part_of(const MaskedClass& whole, const Part& rows, const Part& colu
 
 // Adds a class of products to the plan, its borders cut off where the whole gains by it.
 void add_product(const MaskedClass& whole, double density, const WeightsMachine& machine, MaskedPlan& plan) {
-  const auto [top, bottom] = ends_of(whole.rows, whole.steps, &MaskedStep::rows);
-  const auto [left, right] = ends_of(whole.columns, whole.steps, &MaskedStep::columns);
   // Every block passes by all filters once more, which may have to come from L3.
   const bool far = 4 * plan.shape.rhs_size() > machine.caches.l2_bytes / 2;
   const double pass = far ? costs_of(machine).channel / 2 * static_cast<double>(plan.shape.c) : 0;
@@ -259,10 +258,7 @@ void add_product(const MaskedClass& whole, double density, const WeightsMachine&
   };
   std::vector<MaskedClass> best = {whole};
   double least = cost_of(whole);
-  for (const bool and_columns : {false, true}) {
-    const Part rows{top, whole.rows.count - bottom};
-    const Part columns = and_columns ? Part{left, whole.columns.count - right} : Part{0, whole.columns.count};
-    if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
+  for_cuts(whole.rows, whole.columns, whole.steps, [&](const Part& rows, const Part& columns) {
     std::vector<MaskedClass> parts;
     double cost = 0;
     const auto add = [&](const Part& part_rows, const Part& part_columns) {
@@ -272,7 +268,7 @@ void add_product(const MaskedClass& whole, double density, const WeightsMachine&
     add(rows, columns);
     for_borders(whole.rows.count, whole.columns.count, rows, columns, add);
     if (cost < 0.99 * least) least = cost, best = std::move(parts);
-  }
+  });
   std::move(best.begin(), best.end(), std::back_inserter(plan.classes));
 }
 

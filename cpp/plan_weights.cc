@@ -278,13 +278,8 @@ void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& 
   for (const TapGroup& group : cls.groups) {
     if (!walk_lists(group.rows.taps * group.columns.taps)) return;
   }
-  const auto [top, bottom] = ends_of(cls.rows, cls.groups, &TapGroup::rows);
-  const auto [left, right] = ends_of(cls.columns, cls.groups, &TapGroup::columns);
   PixelClass best = cls;
-  for (const bool and_columns : {false, true}) {
-    const Part rows{top, cls.rows.count - bottom};
-    const Part columns = and_columns ? Part{left, cls.columns.count - right} : Part{0, cls.columns.count};
-    if (rows.begin >= rows.end || columns.begin >= columns.end) continue;
+  for_cuts(cls.rows, cls.columns, cls.groups, [&](const Part& rows, const Part& columns) {
     PixelClass inner = inner_of(cls, rows, columns);
     const auto add = [&](const Part& border_rows, const Part& border_columns) {
       const PixelClass border = border_of(cls, border_rows, border_columns, machine);
@@ -294,7 +289,7 @@ void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& 
     block_pixels(plan, density, machine, inner);
     for (PixelClass& border : inner.borders) block_pixels(plan, density, machine, border);
     if (walk_cost(plan, density, machine, inner) < 0.99 * walk_cost(plan, density, machine, best)) best = inner;
-  }
+  });
   cls = best;
 }
 
