@@ -127,15 +127,33 @@ template <class Isa, int kTaps, int kVectors>
 struct Sweep {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kFeatures = kVectors * kLanes;
+  // A visit of few multiply-adds would wait for those of the one before to the same sums. So visits take turns at
+  // several sets of sums, which come together when a column is finished.
+  static constexpr int kSets = kTaps * kVectors < 4 ? 2 : 1;
   using Vec = typename Isa::Vec;
   using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
-  using Window = Vec[kTaps + 1][kVectors];
+  using Sums = Vec[kSets][kVectors];  // of a column
+  using Window = Sums[kTaps + 1];
 
   static ST_INLINE const float* next(uint64_t& mask, const float* filter) {
     const float* f = filter + static_cast<size_t>(__builtin_ctzll(mask)) * (kTaps * kFeatures);
     mask &= mask - 1;
     ST_OPAQUE(f);
     return f;
+  }
+
+  // Calls f(set of sums, filter of the channel) for every channel in a mask.
+  template <class F>
+  static ST_INLINE void for_channels(uint64_t mask, const float* filter, F&& f) {
+    while (visit_next<0>(mask, filter, f)) {
+    }
+  }
+  template <int kSet, class F>
+  static ST_INLINE bool visit_next(uint64_t& mask, const float* filter, F&& f) {
+    if (mask == 0) return false;
+    f(Index<kSet>{}, next(mask, filter));
+    if constexpr (kSet + 1 < kSets) return visit_next<kSet + 1>(mask, filter, f);
+    return true;
   }
 
   // Of pixel pairs, packed.
@@ -148,31 +166,30 @@ struct Sweep {
   // columns of the window are not there.
   template <int kBase, int kLeft, int kRight, class V>
   static ST_INLINE void visit_single(Window& sums, uint64_t mask, V& values, const float* filter) {
-    while (mask != 0) {
-      const float* f = next(mask, filter);
+    for_channels(mask, filter, [&](auto set, const float* f) ST_LAMBDA {
       const Vec value = values.take();
       unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
         constexpr int p = kBase + kTaps - 1 - i / kVectors, v = i % kVectors;
         if constexpr (p >= kLeft && p <= kTaps - kRight) {
-          sums[p][v] = Isa::fma(value, Isa::load(f + i * kLanes), sums[p][v]);
+          Vec& sum = sums[p][set][v];
+          sum = Isa::fma(value, Isa::load(f + i * kLanes), sum);
         }
       });
-    }
+    });
   }
 
   template <int kLeft, int kRight>
   static ST_INLINE void visit_both(Window& sums, uint64_t mask, const float*& values0, const float*& values1,
                                    const float* filter) {
-    while (mask != 0) {
-      const float* f = next(mask, filter);
+    for_channels(mask, filter, [&](auto set, const float* f) ST_LAMBDA {
       const Vec value0 = Isa::broadcast(values0++), value1 = Isa::broadcast(values1++);
       unroll<kTaps * kVectors>([&](auto i) ST_LAMBDA {
         constexpr int p = kTaps - 1 - i / kVectors, v = i % kVectors;
         const Vec w = Isa::load_shared(f + i * kLanes);
-        if constexpr (p >= kLeft && p <= kTaps - kRight) Isa::fma_shared(value0, w, sums[p][v]);
-        if constexpr (p + 1 >= kLeft && p + 1 <= kTaps - kRight) Isa::fma_shared(value1, w, sums[p + 1][v]);
+        if constexpr (p >= kLeft && p <= kTaps - kRight) Isa::fma_shared(value0, w, sums[p][set][v]);
+        if constexpr (p + 1 >= kLeft && p + 1 <= kTaps - kRight) Isa::fma_shared(value1, w, sums[p + 1][set][v]);
       });
-    }
+    });
   }
 
   // With few non-zeros, what a step does beside its visits is half of its time: no more than this.
@@ -190,7 +207,12 @@ struct Sweep {
   };
 
   template <bool kOut, class V>
-  static ST_INLINE void save(const Place<V>& at, int column, const Vec (&sums)[kVectors]) {
+  static ST_INLINE void save(const Place<V>& at, int column, Sums& finished) {
+    unroll<(kSets - 1) * kVectors>([&](auto i) ST_LAMBDA {
+      Vec& sum = finished[0][i % kVectors];
+      sum = Isa::add(sum, finished[1 + i / kVectors][i % kVectors]);
+    });
+    const auto& sums = finished[0];
     if constexpr (!kOut) {
       Columns::save(at.sums + column * kFeatures, sums);
     } else if (at.stream) {
@@ -219,23 +241,29 @@ struct Sweep {
   static ST_INLINE void step(Window& sums, Place<V>& at) {
     const uint64_t mask0 = at.masks[0], mask1 = at.masks[1];
     at.masks += 2;
-    Columns::load(at.from + (kTaps - 1) * kFeatures, sums[kTaps - 1]);
-    Columns::load(at.from + kTaps * kFeatures, sums[kTaps]);
+    begin(at, kTaps - 1, sums);
+    begin(at, kTaps, sums);
     at.from += at.from_step;
     visit<kLeft, kRight>(sums, mask0, mask1, at.values, at.filter);
     if constexpr (!kOut || kLeft == 0) save<kOut>(at, 0, sums[0]);
     if constexpr (kRight < kTaps) save<kOut>(at, 1, sums[1]);
     at.sums += 2 * kFeatures;
     if constexpr (kOut) at.out += 2 * at.out_pitch;
-    unroll<(kTaps - 1) * kVectors>([&](auto i) ST_LAMBDA {
-      constexpr int p = i / kVectors, v = i % kVectors;
-      sums[p][v] = sums[p + 2][v];
+    unroll<(kTaps - 1) * kSets * kVectors>([&](auto i) ST_LAMBDA {
+      constexpr int p = i / (kSets * kVectors), set = i / kVectors % kSets, v = i % kVectors;
+      sums[p][set][v] = sums[p + 2][set][v];
     });
   }
 
   template <class V>
+  static ST_INLINE void begin(const Place<V>& at, int column, Window& sums) {
+    Columns::load(at.from + column * kFeatures, sums[column][0]);
+    unroll<kSets - 1>([&](auto i) ST_LAMBDA { Columns::clear(sums[column][i + 1]); });
+  }
+
+  template <class V>
   static ST_INLINE void load(const Place<V>& at, Window& sums) {
-    unroll<kTaps - 1>([&](auto p) ST_LAMBDA { Columns::load(at.from + p * kFeatures, sums[p]); });
+    unroll<kTaps - 1>([&](auto p) ST_LAMBDA { begin(at, p, sums); });
   }
 
   // Three taps of padded images are worth steps of their own at both ends, which leave out what is beyond them. With

@@ -88,18 +88,21 @@ struct Costs {
   double ends_of_rows;  // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
   double visit;         // finding a channel, its broadcast
   double ends;          // of a pair of pixels: its three lists
+  double exposed;       // more for these where a visit is one multiply-add, and leaves none to hide behind
   double sums;          // moving a vector of sums of a pixel in and out
   double misses;        // as a share of load: more for a multiply-add whose filter block fills L1,
   double dense_misses;  // and yet more, times the density
   double scan;          // finding the zeros of 16 channels of a pixel in place
+  double wait;          // a visit of a pointwise sweep, at least: its sums wait for those of the one before
+  double pack;          // packing the non-zeros of a vector of the input, beyond copying it
 };
 
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 3, 0.02, 0.05, 3};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 3, 0.07, 0, 3};
-  return {1.27, 1.18, 1.09, 0, 2, 70, 7.7, 0.07, 0, 6};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 30, 3, 0.02, 0.05, 3, 2.8, 4};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 40, 3, 0.07, 0, 3, 5, 4};
+  return {1.27, 1.18, 1.09, 0, 2, 70, 60, 7.7, 0.07, 0, 6, 5.6, 8};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -119,11 +122,19 @@ struct Blocking {
   double cost;
 };
 
+// What ends of a pair's lists cost where a visit is `work` multiply-adds.
+double ends_cost(const Costs& costs, int work) {
+  constexpr double kHidden = 3;
+  return costs.ends + costs.exposed * std::max(0.0, kHidden - work) / (kHidden - 1);
+}
+
 // Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: its filter block takes
 // all of L1.
-double walk_cost(const Costs& costs, double density, bool fills, int taps, int vectors, int channel_block) {
+double walk_cost(const Costs& costs, double density, bool fills, bool pointwise, int taps, int vectors,
+                 int channel_block) {
   const double load = costs.load * (fills ? 1 + costs.misses + costs.dense_misses * density : 1);
-  return density * (taps * vectors * load + costs.visit) + (costs.sums * vectors + costs.ends / 2) / channel_block;
+  const double visit = std::max(taps * vectors * load + costs.visit, pointwise ? costs.wait : 0);
+  return density * visit + (costs.sums * vectors + ends_cost(costs, taps * vectors) / 2) / channel_block;
 }
 
 // Of dense sweeps: more than a load for three multiply-adds is felt, and so are the sums and the pass over the input. A
@@ -159,7 +170,8 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
         double cost = 0;
         for (const ColumnClass& c : plan.classes) {
           for (const Strand& s : c.strands) {
-            cost += walk_cost(costs, density, whole_l1 && s.taps == taps, s.taps, vectors, channel_block);
+            cost +=
+                walk_cost(costs, density, whole_l1 && s.taps == taps, plan.pointwise, s.taps, vectors, channel_block);
           }
         }
         return cost;
@@ -254,12 +266,14 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const int work = taps * plan.vectors;
   // Dense sweeps of one or two taps also have few sums to add to in turn.
   const double step = costs.dense + (!plan.packs || taps > 3 ? 0 : taps == 3 ? 1 : 2) * costs.ends_of_rows;
-  // Scanning two pixels, for all feature blocks; others than pointwise sweeps read a copy, which dense tiles make as
-  // well.
-  const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks) : 0;
+  // Scanning two pixels, for all feature blocks, or packing them, for all sweeps that read them.
+  const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks)
+                                     : costs.pack * (2 * n / kernels.lanes) * work / plan.value_work;
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
-  const double both = 2 * work * costs.pair + costs.visit / 2, single = work * costs.load + costs.visit,
-               target = 2 * work * step * n - costs.ends - scan;
+  const double wait = plan.pointwise && !plan.packs ? costs.wait : 0;
+  const double both = std::max(2 * work * costs.pair + costs.visit / 2, wait),
+               single = std::max(work * costs.load + costs.visit, wait),
+               target = 2 * work * step * n - ends_cost(costs, work) - scan;
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
   // coefficient are safe.
@@ -326,6 +340,8 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   plan.pair_density = 0.25f;
   plan.packs = plan.pointwise ? dtype == DType::kF32 && point_packs(machine, kernels, density, plan) : plan.fold == 0;
   plan.copy = !plan.pointwise || plan.packs || dtype != DType::kF32;
+  plan.value_work = static_cast<double>(shape.r * shape.s * ceil_div(plan.features, kernels.lanes)) /
+                    static_cast<double>(fwd ? shape.stride_h * shape.stride_w : 1);
   plan.dense_density = dense_density(machine, kernels, taps, plan);
   const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
   if (dense) {
@@ -342,8 +358,7 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   plan.stream = streams && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   // A single visit has a load for each multiply-add, and its value is one more.
   plan.take = single_fma;
-  plan.value_work = (dense ? 1 : density) * static_cast<double>(shape.r * shape.s * plan.features) /
-                    static_cast<double>(kernels.lanes * (fwd ? shape.stride_h * shape.stride_w : 1));
+  if (!dense) plan.value_work *= density;
   plan.serial = serial(machine, kernels, dense ? 1 : density, plan);
   return plan;
 }

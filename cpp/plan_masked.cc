@@ -27,7 +27,7 @@ struct Costs {
   double element;  // listing an element of x and storing one of dlhs
   double channel;  // of a product, per channel, block and step: its filter, the mispredicted end
   double filter;   // packing a vector of a kernel that does not stay in L2, and fetching it again
-  double zero;     // zeroing as the result is written: reading x, per element
+  double zero;     // zeroing as the result is written: reading x, per element, at most
   double margin;   // a product must promise this share of the other ways' cost: they are surer
   // Of a class of points:
   double point;          // a point and block of channels: the mispredicted end
@@ -35,13 +35,14 @@ struct Costs {
   double point_entry;    // an entry of its list: the sum over lanes
   double point_fma;      // a multiply-add of an entry
   double point_wide;     // as many times that in steps of more than eight vectors
+  double point_once;     // a point, however many blocks and steps
   double point_element;  // listing and storing an element
   double point_steps;    // as many times all that where there are several steps, whatever their width
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.single_fma()) return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 0.93, 1.13, 0.9, 1.13};
-  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 1, 2.1, 1};
+  if (machine.single_fma()) return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 0.93, 1.13, 18, 0.9, 1.13};
+  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 1, 35, 2.1, 1};
 }
 
 // A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these
@@ -110,7 +111,7 @@ double point_cost(const ConvShape& shape, int64_t steps, int vectors, double den
   const double entries = density * channels * static_cast<double>(steps) + kRounding * lists;
   const double fma = costs.point_fma * (vectors > 8 ? costs.point_wide : 1);
   return lists * (costs.point + costs.point_vector * vectors) + entries * (costs.point_entry + fma * vectors) +
-         costs.point_element * channels;
+         costs.point_once + costs.point_element * channels;
 }
 
 void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density, const WeightsMachine& machine,
@@ -272,7 +273,7 @@ void add_product(const MaskedClass& whole, double density, const WeightsMachine&
   std::move(best.begin(), best.end(), std::back_inserter(plan.classes));
 }
 
-// Returns the multiply-adds of the dense BWI.
+// Returns the multiply-adds of the dense BWI, which has no idle lanes for features that do not fill a vector.
 double plan_product(double density, const WeightsMachine& machine, MaskedPlan& plan) {
   double dense = 0;
   const ConvShape& shape = plan.shape;
@@ -292,7 +293,7 @@ double plan_product(double density, const WeightsMachine& machine, MaskedPlan& p
         }
       }
       block_pixels(shape, block_budget(plan, cls, density, machine), cls);
-      dense += multiply_adds(plan, cls);
+      dense += pixels_of(plan, cls) * static_cast<double>(shape.c * taps * shape.k) / plan.lanes;
       cls.points ? plan.classes.push_back(cls) : add_product(cls, density, machine, plan);
     }
   }
@@ -318,6 +319,15 @@ void cut_channels(const WeightsMachine& machine, MaskedPlan& plan) {
   plan.channel_block = round_up(ceil_div(shape.c, pieces), unit);
 }
 
+// What reading x for its zeros costs the ordinary BWI, per element: most where operands do not stay in the caches,
+// unless there is little to do for each of their lines.
+double zero_cost(const ConvShape& shape, const WeightsMachine& machine) {
+  constexpr double kNear = 0.25, kMuch = 8192;
+  const double zero = costs_of(machine).zero;
+  if (4 * (2 * shape.lhs_size() + shape.out_size()) < machine.caches.l3_bytes / 4) return kNear * zero;
+  return zero * (kNear + (1 - kNear) * std::min(1.0, static_cast<double>(shape.rhs_size()) / kMuch));
+}
+
 // `dense`: multiply-adds of the dense BWI.
 void estimate(const Densities& densities, const WeightsMachine& machine, double dense, MaskedPlan& plan) {
   const Costs costs = costs_of(machine);
@@ -329,13 +339,14 @@ void estimate(const Densities& densities, const WeightsMachine& machine, double 
   }
   if (4 * plan.filter_floats > machine.caches.l2_bytes / 2) product += costs.filter * plan.filter_floats / plan.lanes;
   plan.product_cost = product;
+  const double zero = zero_cost(shape, machine) * elements;
   // The ordinary BWI has vectors of input features, of which the last may be mostly idle.
   dense *= static_cast<double>(round_up(shape.c, plan.lanes)) / static_cast<double>(shape.c);
   const bool one_tap = shape.r * shape.s == 1;
   const double share =
       one_tap ? kSkippingCost1x1 + kSkippingSlope1x1 * densities.g : kSkippingCost + kSkippingSlope * densities.g;
-  plan.g_cost = dense * std::min(kSkippingMost, share) + costs.zero * elements;
-  plan.dense_cost = dense + costs.zero * elements;
+  plan.g_cost = dense * std::min(kSkippingMost, share) + zero;
+  plan.dense_cost = dense + zero;
 }
 
 }  // namespace

@@ -32,13 +32,14 @@ struct Costs {
   double walk, mask_walk;   // a multiply-add of a walk of lists, of masks: broadcast and load come with it; at least
   double visit_fma, visit;  // where a visit is a few of them: each, and the visit
   double tile;              // a multiply-add of a tile
+  double element;           // of the checked operand that is zero: the fewer, the better are ends of lists foreseen
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.single_fma()) return {4, 2, 3, 6, 1.16, 1.18, 0.95, 1, 1.1};
+  if (machine.single_fma()) return {4, 2, 3, 6, 1.16, 1.18, 0.95, 1, 1.1, 1};
   // Sixteen registers hold too few sums for channels to share loads.
   const double walk = machine.lanes == 8 ? 1.4 : 1.2;
-  return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12};
+  return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12, 0};
 }
 
 int64_t strided_count(int64_t size, int64_t start, int64_t step) {
@@ -303,6 +304,12 @@ double met_share(const PixelAxis& pixels, const TapAxis& axis) {
   return static_cast<double>(met) / static_cast<double>(std::max<int64_t>(1, pixels.count * axis.taps));
 }
 
+// A tile of few taps and features loads about as much as it multiplies.
+double tile_cost(int64_t taps, int vectors, const WeightsMachine& machine) {
+  const double loads = taps > 4 ? 1 : vectors == 1 ? 1.25 : vectors == 2 ? 1.12 : 1.07;
+  return costs_of(machine).tile * loads;
+}
+
 int tile_channels(int vectors, int registers) { return (registers == 32 ? 24 : 12) / vectors; }
 
 // What one way to run the call would cost: multiplying, and moving each operand once.
@@ -328,12 +335,15 @@ Estimate estimate(const WeightsPlan& plan, double density, const WeightsMachine&
       } else {
         const int64_t tile = tile_channels(group.vectors, machine.registers), tiles = ceil_div(plan.channels, tile);
         const double met = met_share(cls.rows, group.rows) * met_share(cls.columns, group.columns);
-        cost.multiply += pixels * tiles * tile * costs.tile * tap_vectors * met;
+        cost.multiply += pixels * tiles * tile * tile_cost(taps, group.vectors, machine) * tap_vectors * met;
         cost.pack += pixels * tiles * costs.group;
       }
       cost.copy += pixels * vectors * costs.copy;
     }
-    if (plan.sparse) cost.pack += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
+    if (plan.sparse) {
+      cost.pack += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
+      cost.multiply += pixels * static_cast<double>(plan.channels) * (1 - density) * costs.element;
+    }
   };
   for (const PixelClass& cls : plan.classes) cls.for_parts(add);
   return cost;

@@ -166,19 +166,25 @@ class TileInput {
 
   // The share of non-zeros in every few pixels.
   double sample(const Kernels& kernels) const {
-    constexpr int64_t kStep = 16, kShortStep = 5, kShort = 64;  // a short row would show little but its borders
-    int64_t nonzeros = 0, elements = 0;
+    constexpr int64_t kStep = 16, kShortStep = 5, kShort = 64;  // of rows
+    // What looking at a pixel takes, in multiply-adds, should be a hundredth of what its like lead to.
+    const double channels = static_cast<double>(plan_.in_channels), look = 20 + channels / 8;
+    const int64_t rare = static_cast<int64_t>(std::min(1e6, 100 * look / (channels * plan_.value_work)));
+    int64_t nonzeros = 0, elements = 0, skip = 0;
     const bool folded = plan_.fold > 0;
     for (const Image& image : images_) {
       for (int64_t y = image.rows.begin; y < image.rows.end; ++y) {
         for (size_t p = 0; p < phases_.size(); ++p) {
           const Range pixels = folded ? folded_columns() : phases_[p].pixels;
-          const int64_t step = pixels.size() < kShort ? kShortStep : kStep;
-          const int64_t count = std::min(ceil_div(pixels.size(), step), slot_);
+          const int64_t step = std::max(rare, pixels.size() < kShort ? kShortStep : kStep);
+          // Goes on in the next row, so that a short one does not show little but its borders.
+          const int64_t first = pixels.begin + skip;
+          const int64_t count = std::min(ceil_div(std::max<int64_t>(pixels.end - first, 0), step), slot_);
+          skip = std::max<int64_t>(first + count * step - pixels.end, 0);
           if (count == 0) continue;
           ScanArgs args{};
-          args.values = folded ? input_.at(input_row(image.n, y) + pixels.begin * plan_.in_channels)
-                               : pixel(image.n, y, p, pixels.begin);
+          args.values =
+              folded ? input_.at(input_row(image.n, y) + first * plan_.in_channels) : pixel(image.n, y, p, first);
           args.value_pitch = (folded ? 1 : plan_.phases[p].step) * plan_.in_channels * step;
           args.pixels = static_cast<int>(count);
           args.channels = static_cast<int>(plan_.in_channels);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "isa.h"
@@ -9,24 +10,34 @@
 namespace sparsetrain {
 
 double density(ConstTensor values, int64_t count) {
-  constexpr int64_t kRun = 64, kRuns = 512, kTurns = 8;
+  constexpr int64_t kRun = 64, kRuns = 512, kTurns = 8, kGroups = kRuns / kTurns, kAhead = 8;
+  constexpr double kError = 0.0075;
   const auto count_nonzero = kernels().weights.count_nonzero[index_of(values.dtype)];
-  if (count <= 4 * kRun * kRuns) {
+  if (count <= kRun * kRuns) {
     return static_cast<double>(count_nonzero(values.data, count)) / static_cast<double>(count);
   }
-  int64_t nonzeros = 0;
-  for (int64_t turn = 0; turn < kTurns; ++turn) {
-    for (int64_t group = 0; group < kRuns; group += kTurns) {
-      const int64_t i = group + (group / kTurns + turn) % kTurns;  // not the same place in images of some size
-      const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
-      const int64_t slot = count / kRuns;
-      const int64_t at = i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24);
-      nonzeros += count_nonzero(values.at(at), kRun);
-    }
-    // Most operands without a zero are dense: they are done after one turn.
-    if (turn == 0 && nonzeros == kRuns / kTurns * kRun) return 1;
+  const auto run = [&](int64_t index) {
+    const int64_t turn = index / kGroups, group = index % kGroups;
+    const int64_t i = group * kTurns + (group + turn) % kTurns;  // not the same place in images of some size
+    const uint64_t hash = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u) >> 40;  // 24 bits
+    const int64_t slot = count / kRuns;
+    return values.at(i * slot + static_cast<int64_t>(hash * static_cast<uint64_t>(slot - kRun) >> 24));
+  };
+  const int64_t bytes = kRun * values.size();
+  int64_t sum = 0, squares = 0;
+  for (int64_t index = 0, runs = 1;; ++index, ++runs) {
+    // Runs are far apart, and each is done long before the next has come.
+    const char* later = static_cast<const char*>(run(std::min(index + kAhead, kRuns - 1)));
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(later + byte);
+    const int64_t nonzeros = count_nonzero(run(index), kRun);
+    sum += nonzeros;
+    squares += nonzeros * nonzeros;
+    if (runs % kGroups != 0) continue;
+    const double mean = static_cast<double>(sum) / static_cast<double>(runs);
+    const double variance = static_cast<double>(squares) / static_cast<double>(runs) - mean * mean;
+    const double error = std::sqrt(std::max(0.0, variance) / static_cast<double>(runs));
+    if (error < kError * kRun || runs == kRuns) return mean / kRun;
   }
-  return static_cast<double>(nonzeros) / static_cast<double>(kRun * kRuns);
 }
 
 bool zero_of_zeros(double sample, ConstTensor operand, int64_t count, Tensor result, int64_t result_count,
