@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 inline int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
+
+// Lines of 64 bytes that `bytes` of a pixel lie in at most, where pixels follow each other at `pitch` bytes.
+inline int64_t lines_of(int64_t bytes, int64_t pitch) {
+  constexpr int64_t kLine = 64;
+  return ceil_div(bytes + kLine - std::gcd(pitch, kLine), kLine);
+}
 
 // Pixels start, start + step, ... of a class.
 struct PixelAxis {

@@ -325,10 +325,11 @@ class WeightsRun {
           const bool more = first + features < item.features;
           const PixelTable& next = scratch.dense[more ? 0 : 1];
           const WeightsPrefetch next_dense = {next.pixels, next.count, (more ? feature + width : item.feature) * size_,
-                                              ceil_div(width * size_, 64)};
+                                              lines_of(width * size_, dense_.channels * size_)};
           const PixelTable& ahead = scratch.checked[1];
           const int64_t from = ahead.count * step / steps, to = ahead.count * (step + 1) / steps;
-          const WeightsPrefetch next_checked = {ahead.pixels + from, to - from, 0, ceil_div(item.channels * size_, 64)};
+          const WeightsPrefetch next_checked = {ahead.pixels + from, to - from, 0,
+                                                lines_of(item.channels * size_, checked_.channels * size_)};
           ++step;
           const int choice = log2_of(vectors), channels = static_cast<int>(item.channels);
           if (plan_.sparse) {
