@@ -83,6 +83,7 @@ struct PlacedSweepArgs {
   const char* prefetch;  // sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
   bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
+  bool fetch;   // out comes from beyond L2: its lines are fetched some columns before they are written
   // 1-tap sweeps that finish a narrow result store it themselves: while they wait for loads, rounding is free.
   DType out_dtype;   // float32: the above holds; else
   void* narrow_out;  // this stands for `out`, and neither `keep` nor `stream` is there
@@ -116,6 +117,7 @@ struct FinishArgs {
   ptrdiff_t out_pitch;
   const void* keep;     // where this is zero, zero goes to out; same pitch as out. Null: all sums go there
   bool stream = false;  // float32 by-passes the caches (64-byte aligned, whole vectors), if `keep` is null
+  bool fetch = false;   // out comes from beyond L2, as in sweeps
 };
 
 struct DataKernels {

@@ -25,6 +25,8 @@
 namespace sparsetrain {
 namespace {
 
+constexpr int kFetchedAhead = 8;  // columns of the result
+
 // Columns of sums, from the tile to registers and from there to where they go.
 template <class Isa, int kTaps, int kVectors>
 struct Columns {
@@ -61,8 +63,15 @@ struct Columns {
     return !a.stream && a.out_features == kFeatures && a.out_dtype == DType::kF32;
   }
 
+  static ST_INLINE void fetch(const PlacedSweepArgs& a, const float* out) {
+    if (!a.fetch) return;
+    out += kFetchedAhead * a.out_pitch;
+    unroll<kVectors>([&](auto v) ST_LAMBDA { __builtin_prefetch(out + v * kLanes); });
+  }
+
   static ST_INLINE void store(const PlacedSweepArgs& a, ptrdiff_t offset, const Vec (&sums)[kVectors]) {
     float* out = a.out + offset;
+    fetch(a, out);
     if (a.keep == nullptr) {
       unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(out + v * kLanes, sums[v]); });
       return;
@@ -112,6 +121,7 @@ struct Columns {
       unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(out + v * kLanes, sums[v]); });
       return;
     }
+    fetch(a, out);
     unroll<kVectors>([&](auto v) ST_LAMBDA {
       const int lanes = a.out_features - v * kLanes;
       if (lanes >= kLanes) {
@@ -679,6 +689,10 @@ ST_INLINE void finish_rows(const FinishArgs& a) {
     Out* out = static_cast<Out*>(a.out) + row * a.out_pitch;
     const Keep* keep = static_cast<const Keep*>(a.keep) + (kZero ? row * a.out_pitch : 0);
     int64_t i = 0;
+    if (a.fetch) {
+      const Out* ahead = out + kFetchedAhead * a.out_pitch;
+      for (int64_t f = 0; f < a.features; f += 64 / sizeof(Out)) __builtin_prefetch(ahead + f);
+    }
     if constexpr (!kZero) {
       if constexpr (std::is_same_v<Out, float>) {
         for (; a.stream && i + kLanes <= a.features; i += kLanes) Isa::stream(out + i, Isa::load(sums + i));

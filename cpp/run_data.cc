@@ -412,7 +412,7 @@ struct Call {
   const float* packed;  // null: few tiles, each packs what it needs, one kernel row at a time
   ConstTensor keep;     // zeros of this, of the shape of the result, are zeros of the result; or null
   Tensor result;
-  bool stream;
+  bool stream, fetch;  // how it is written: past the caches; fetched before, from beyond L2
   // Whether sums go to their place as they are.
   bool plain() const { return keep.data == nullptr && result.dtype == DType::kF32; }
   // Whether the last sweep of a row leaves its sums in scratch, from where they are converted to their place.
@@ -624,7 +624,7 @@ class BlockSweeper {
     const int64_t at = result_index(g, part);
     call_.kernels.data.finish[index_of(call_.input.dtype)][index_of(call_.result.dtype)](
         {sums, features_, part.size(), valid_, call_.result.at(at), result_pitch(), keep_at(at),
-         call_.stream && valid_ == features_});
+         call_.stream && valid_ == features_, call_.fetch});
   }
 
   void run_placed(const Sweep& s) const {
@@ -663,7 +663,7 @@ class BlockSweeper {
     args.keep = nullptr;
     args.out_pitch = features_;
     args.out_features = static_cast<int>(features_);
-    args.stream = false;
+    args.stream = args.fetch = false;
   }
 
   // The last sweep of a row: sweep(part) runs it for a range of columns.
@@ -686,6 +686,7 @@ class BlockSweeper {
       args.out_pitch = result_pitch();
       args.out_features = static_cast<int>(valid_);
       args.stream = call_.stream && valid_ == features_;
+      args.fetch = call_.fetch;
       sweep(part);
     }
   }
@@ -845,17 +846,11 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
   const bool packs_ahead = tiles > 2;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
   const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
-  const Call call{plan,
-                  density,
-                  k,
-                  layout,
-                  mode,
-                  input,
-                  rhs,
-                  packs_ahead ? packed.as<float>() : nullptr,
-                  keep,
-                  result,
-                  plan.stream && aligned && result.dtype == DType::kF32};
+  const bool stream = plan.stream && aligned && result.dtype == DType::kF32;
+  const int64_t result_bytes = plan.images * plan.out_rows * plan.out_columns * plan.features * result.size();
+  const Call call{plan, density, k,      layout,
+                  mode, input,   rhs,    packs_ahead ? packed.as<float>() : nullptr,
+                  keep, result,  stream, !stream && result_bytes > 2 * machine().l2_bytes};
 
   Executor& threads = helpers_unless(plan.serial, executor);
   const int concurrency = threads.concurrency();
