@@ -64,6 +64,10 @@ struct SweepArgs {
 };
 
 // The same for values that are not packed, and for sums that may go to their final place.
+// A visit of few multiply-adds would wait for those of the one before to the same sums. So visits of a sparse sweep
+// take turns at this many sets of sums, which come together when a column is finished.
+constexpr int sets_of_sums(int taps, int vectors) { return taps * vectors < 4 ? 2 : 1; }
+
 struct PlacedSweepArgs {
   const float* values;
   ptrdiff_t value_pitch;  // floats between pixels

@@ -137,9 +137,7 @@ template <class Isa, int kTaps, int kVectors>
 struct Sweep {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kFeatures = kVectors * kLanes;
-  // A visit of few multiply-adds would wait for those of the one before to the same sums. So visits take turns at
-  // several sets of sums, which come together when a column is finished.
-  static constexpr int kSets = kTaps * kVectors < 4 ? 2 : 1;
+  static constexpr int kSets = sets_of_sums(kTaps, kVectors);
   using Vec = typename Isa::Vec;
   using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
   using Sums = Vec[kSets][kVectors];  // of a column

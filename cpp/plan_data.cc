@@ -82,27 +82,27 @@ bool offered(const Kernels& kernels, int taps, int vectors) {
 
 // What a sweep spends its time on, in the time of a multiply-add of a vector between registers.
 struct Costs {
-  double load;          // a multiply-add that loads its filter vector
-  double pair;          // one of two that share the load
-  double dense;         // one of several
-  double ends_of_rows;  // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
-  double visit;         // finding a channel, its broadcast
-  double ends;          // of a pair of pixels: its three lists
-  double exposed;       // more for these where a visit is one multiply-add, and leaves none to hide behind
-  double sums;          // moving a vector of sums of a pixel in and out
-  double misses;        // as a share of load: more for a multiply-add whose filter block fills L1,
-  double dense_misses;  // and yet more, times the density
-  double scan;          // finding the zeros of 16 channels of a pixel in place
-  double wait;          // a visit of a pointwise sweep, at least: its sums wait for those of the one before
-  double pack;          // packing the non-zeros of a vector of the input, beyond copying it
+  double load;             // a multiply-add that loads its filter vector
+  double pair;             // one of two that share the load
+  double dense;            // one of several
+  double ends_of_rows;     // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
+  double visit;            // finding a channel, its broadcast
+  double ends;             // of a pair of pixels: its three lists
+  double exposed, hidden;  // of these more where a visit is one multiply-add, none where it is so many, to hide behind
+  double sums;             // moving a vector of sums of a pixel in and out
+  double misses;           // as a share of load: more for a multiply-add whose filter block fills L1,
+  double dense_misses;     // and yet more, times the density
+  double scan;             // finding the zeros of 16 channels of a pixel in place
+  double wait;             // a visit, at least, if the one before added to the same sums
+  double pack;             // packing the non-zeros of a vector of the input, beyond copying it
 };
 
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 30, 3, 0.02, 0.05, 3, 2.8, 4};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 40, 3, 0.07, 0, 3, 5, 4};
-  return {1.27, 1.18, 1.09, 0, 2, 70, 60, 7.7, 0.07, 0, 6, 5.6, 8};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 30, 3, 3, 0.02, 0.05, 3, 2.8, 4};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 140, 25, 3, 0.07, 0, 3, 7.5, 4};
+  return {1.27, 1.18, 1.09, 0, 2, 70, 60, 6, 7.7, 0.07, 0, 6, 7, 8};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -122,28 +122,29 @@ struct Blocking {
   double cost;
 };
 
-// What ends of a pair's lists cost where a visit is `work` multiply-adds.
-double ends_cost(const Costs& costs, int work) {
-  constexpr double kHidden = 3;
-  return costs.ends + costs.exposed * std::max(0.0, kHidden - work) / (kHidden - 1);
-}
-
 // Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: its filter block takes
 // all of L1.
 double walk_cost(const Costs& costs, double density, bool fills, bool pointwise, int taps, int vectors,
                  int channel_block) {
   const double load = costs.load * (fills ? 1 + costs.misses + costs.dense_misses * density : 1);
-  const double visit = std::max(taps * vectors * load + costs.visit, pointwise ? costs.wait : 0);
-  return density * visit + (costs.sums * vectors + ends_cost(costs, taps * vectors) / 2) / channel_block;
+  const double wait = pointwise ? costs.wait : costs.wait / sets_of_sums(taps, vectors);
+  return density * std::max(taps * vectors * load + costs.visit, wait) +
+         (costs.sums * vectors + costs.ends / 2) / channel_block;
 }
 
-// Of dense sweeps: more than a load for three multiply-adds is felt, and so are the sums and the pass over the input. A
-// column takes a tap of each pixel of a step in turn, and eight multiply-adds are on their way at a time.
+// A multiply-add of a dense sweep, where it waits for those before it: a column takes a tap of each pixel of a step in
+// turn, and eight are on their way at a time.
+double waiting(const Kernels& kernels, int taps, int vectors) {
+  return 8.0 / (std::max(taps, kernels.data.dense_pixels[taps][vectors]) * vectors);
+}
+
+// Of dense sweeps: more than a load for three multiply-adds is felt, and so are the sums and the pass over the input.
 double dense_cost(const Costs& costs, const Kernels& kernels, int taps, int vectors, int channel_block) {
   const int work = taps * vectors;
   const int pixels = kernels.data.dense_pixels[taps][vectors];
-  const double loads = 1.0 / pixels + 1.0 / work, waits = 8.0 / (std::max(taps, pixels) * vectors);
-  return work * std::max(1 + 0.58 * std::max(0.0, loads - 0.35), waits) + costs.sums * vectors / channel_block + 0.3;
+  const double loads = 1.0 / pixels + 1.0 / work;
+  return work * std::max(1 + 0.58 * std::max(0.0, loads - 0.35), waiting(kernels, taps, vectors)) +
+         costs.sums * vectors / channel_block + 0.3;
 }
 
 // The cheapest blocking of features and channels. A filter block takes three quarters of L1, which it shares with the
@@ -265,15 +266,22 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
   const int work = taps * plan.vectors;
   // Dense sweeps of one or two taps also have few sums to add to in turn.
-  const double step = costs.dense + (!plan.packs || taps > 3 ? 0 : taps == 3 ? 1 : 2) * costs.ends_of_rows;
+  const int ends_of_rows = !plan.packs || taps > 3 ? 0 : taps == 3 ? 1 : 2;
+  const double step = std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, plan.vectors));
   // Scanning two pixels, for all feature blocks, or packing them, for all sweeps that read them.
   const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks)
                                      : costs.pack * (2 * n / kernels.lanes) * work / plan.value_work;
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
-  const double wait = plan.pointwise && !plan.packs ? costs.wait : 0;
-  const double both = std::max(2 * work * costs.pair + costs.visit / 2, wait),
-               single = std::max(work * costs.load + costs.visit, wait),
-               target = 2 * work * step * n - ends_cost(costs, work) - scan;
+  // Point sweeps keep the sums of two pixels apart; others add up to two products of a pair to a sum.
+  const bool point = plan.pointwise && !plan.packs;
+  const double wait = point ? costs.wait : costs.wait / sets_of_sums(taps, plan.vectors);
+  const double both = std::max(2 * work * costs.pair + costs.visit / 2, wait * std::min(2, point ? 1 : taps)),
+               single = std::max(work * costs.load + costs.visit, wait);
+  constexpr double kLong = 48;  // channels: shorter lists of packed values end more often where expected
+  const double unexpected = plan.packs ? std::min(1.0, n / kLong) : 1;
+  const double shown = std::max(0.0, costs.hidden - work) / (costs.hidden - 1);
+  const double ends = costs.ends + costs.exposed * unexpected * shown;
+  const double target = 2 * work * step * n - ends - scan;
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
   // coefficient are safe.

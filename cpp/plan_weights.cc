@@ -306,7 +306,8 @@ double met_share(const PixelAxis& pixels, const TapAxis& axis) {
 
 // A tile of few taps and features loads about as much as it multiplies.
 double tile_cost(int64_t taps, int vectors, const WeightsMachine& machine) {
-  const double loads = taps > 4 ? 1 : vectors == 1 ? 1.25 : vectors == 2 ? 1.12 : 1.07;
+  const double alone = machine.registers == 32 ? 1.25 : 1.45;  // every multiply-add loads
+  const double loads = taps > 4 ? 1 : vectors == 1 ? alone : vectors == 2 ? 1.12 : 1.07;
   return costs_of(machine).tile * loads;
 }
 

@@ -536,14 +536,17 @@ def test_masked_input_gradients_leave_nothing_out_but_padding(case: Case, featur
         assert int(plan["pixel_classes"]) > 1 or (case.r > 3 and features == 16), plan
 
 
-def test_masked_input_gradients_of_small_images_have_classes_for_their_borders(isa: str) -> None:
+@pytest.mark.parametrize("fmas", [1, 2])
+def test_masked_input_gradients_of_small_images_have_classes_for_their_borders(fmas: int, isa: str) -> None:
     for size in (7, 14):
         dims = [16, size, size, 128, 256, 3, 3]
-        plan = native.plan("bwd_input_masked", dims, [1, 1, 1, 1, 1, 1], 0.5)
+        plan = native.plan("bwd_input_masked", dims, [1, 1, 1, 1, 1, 1], 0.5, fmas)
         assert plan["path"] == "product", plan
         assert int(plan["pixel_classes"]) > 1 or isa == "portable", plan  # whose steps are many and narrow
-        few = native.plan("bwd_input_masked", dims, [1, 1, 1, 1, 1, 1], 0.02)
-        assert int(few["pixel_classes"]) == 1, few
+        few = native.plan("bwd_input_masked", dims, [1, 1, 1, 1, 1, 1], 0.02, fmas)
+        assert int(few["pixel_classes"]) <= int(plan["pixel_classes"]), (few, plan)
+        if fmas == 1 and isa.startswith("avx512"):
+            assert int(few["pixel_classes"]) == 1, few
 
 
 def test_the_masked_input_gradient_ignores_nonfinite_gradients_where_x_is_zero(isa: str) -> None:

@@ -69,6 +69,32 @@ def test_one_multiply_add_a_cycle_makes_skipping_pay_earlier(isa: str) -> None:
     assert plans("bwd_input_masked", 0.95)[0]["path"] != "product"
 
 
+@pytest.mark.parametrize("fmas", [1, 2])
+def test_visits_of_few_multiply_adds_pay_at_fewer_non_zeros(fmas: int, isa: str) -> None:
+    # A 1x1 visit of one vector takes as long as four: it waits for sums, and nothing hides the ends of lists.
+    def dense_density(vectors: int) -> float:
+        features = vectors * (16 if isa.startswith("avx512") else 8 if isa == "avx2" else 4)
+        plan = native.plan("fwd", [16, 28, 28, 128, features, 1, 1], [1, 1, 0, 0, 0, 0], 1.0, fmas)
+        assert int(plan["feature_vectors"]) == vectors
+        return float(plan["dense_density"])
+
+    one, two, four = dense_density(1), dense_density(2), dense_density(4)
+    assert one < two < four
+    assert one < 0.4
+
+
+@pytest.mark.parametrize("fmas", [1, 2])
+def test_features_that_half_fill_a_vector_halve_the_dense_cost_alone(fmas: int, isa: str) -> None:
+    geometry = [1, 1, 3, 3, 3, 3]
+    lanes = 16 if isa.startswith("avx512") else 8 if isa == "avx2" else 4
+    full, half = (
+        native.plan("bwd_input_masked", [16, 18, 18, 160, features, 7, 7], geometry, 0.4, fmas)
+        for features in (lanes, lanes // 2)
+    )
+    assert float(half["dense_cost"]) < 0.6 * float(full["dense_cost"])
+    assert float(half["product_cost"]) == float(full["product_cost"])
+
+
 @pytest.mark.parametrize("component", ["fwd", "bwd_input", "bwd_weights", "bwd_input_masked"])
 def test_only_calls_too_small_for_threads_are_serial(component: str, isa: str) -> None:
     same = [1, 1, 1, 1, 1, 1]
