@@ -49,6 +49,10 @@ struct SweepRow {
   float* out;             // not null: where the sums should go instead, all features of columns [0, columns)
 };
 
+// A visit of few multiply-adds would wait for those of the one before to the same sums. So visits of sweeps over packed
+// values take turns at this many sets of sums, which come together when a column is finished.
+constexpr int sets_of_sums(int taps, int vectors) { return taps * vectors < 4 ? 2 : 1; }
+
 struct SweepArgs {
   const SweepRow* rows;
   int count;
@@ -64,10 +68,6 @@ struct SweepArgs {
 };
 
 // The same for values that are not packed, and for sums that may go to their final place.
-// A visit of few multiply-adds would wait for those of the one before to the same sums. So visits of a sparse sweep
-// take turns at this many sets of sums, which come together when a column is finished.
-constexpr int sets_of_sums(int taps, int vectors) { return taps * vectors < 4 ? 2 : 1; }
-
 struct PlacedSweepArgs {
   const float* values;
   ptrdiff_t value_pitch;  // floats between pixels
@@ -87,7 +87,7 @@ struct PlacedSweepArgs {
   const char* prefetch;  // sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
   bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
-  bool fetch;   // out comes from beyond L2: its lines are fetched some columns before they are written
+  bool fetch;   // float32 out comes from beyond L2: its lines are fetched some columns before they are written
   // 1-tap sweeps that finish a narrow result store it themselves: while they wait for loads, rounding is free.
   DType out_dtype;   // float32: the above holds; else
   void* narrow_out;  // this stands for `out`, and neither `keep` nor `stream` is there

@@ -138,6 +138,7 @@ struct Sweep {
   static constexpr int kLanes = Isa::kLanes;
   static constexpr int kFeatures = kVectors * kLanes;
   static constexpr int kSets = sets_of_sums(kTaps, kVectors);
+  static_assert((kTaps + 1) * kSets * kVectors + 3 <= Isa::kRegisters);
   using Vec = typename Isa::Vec;
   using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
   using Sums = Vec[kSets][kVectors];  // of a column

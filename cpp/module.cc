@@ -18,6 +18,7 @@
 #include "plan_data.h"
 #include "plan_masked.h"
 #include "plan_weights.h"
+#include "zeros.h"
 
 namespace nb = nanobind;
 using namespace sparsetrain;
@@ -86,6 +87,14 @@ nb::bytes narrow(const std::string& dtype, const nb::bytes& values) {
   return nb::bytes(out.data(), out.size());
 }
 
+// As handlers measure it before they plan.
+double density_of(const std::string& dtype, const nb::bytes& values) {
+  const ConstTensor tensor{values.data(), dtype_named(dtype)};
+  const int64_t count = static_cast<int64_t>(values.size()) / tensor.size();
+  if (count < 1) throw std::invalid_argument("density: no values");
+  return density(tensor, count);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -111,6 +120,7 @@ NB_MODULE(_native, m) {
   m.def("reset_counters", &reset_counters);
   m.def("widen", &widen, nb::arg("dtype"), nb::arg("values"));
   m.def("narrow", &narrow, nb::arg("dtype"), nb::arg("values"));
+  m.def("density", &density_of, nb::arg("dtype"), nb::arg("values"));
   m.def("plan", &plan, nb::arg("component"), nb::arg("dims"), nb::arg("geometry"), nb::arg("density"),
         nb::arg("fmas") = nb::none(), nb::arg("threads") = 1);
 }

@@ -19,7 +19,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 inline int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
 
-// Lines of 64 bytes that `bytes` of a pixel lie in at most, where pixels follow each other at `pitch` bytes.
+// Lines of 64 bytes that `bytes` of a pixel lie in at most, where pixels follow each other at `pitch` bytes and these
+// begin a multiple of gcd(pitch, 64) bytes after the begin of a line.
 inline int64_t lines_of(int64_t bytes, int64_t pitch) {
   constexpr int64_t kLine = 64;
   return ceil_div(bytes + kLine - std::gcd(pitch, kLine), kLine);

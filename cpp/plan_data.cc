@@ -82,19 +82,20 @@ bool offered(const Kernels& kernels, int taps, int vectors) {
 
 // What a sweep spends its time on, in the time of a multiply-add of a vector between registers.
 struct Costs {
-  double load;             // a multiply-add that loads its filter vector
-  double pair;             // one of two that share the load
-  double dense;            // one of several
-  double ends_of_rows;     // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
-  double visit;            // finding a channel, its broadcast
-  double ends;             // of a pair of pixels: its three lists
-  double exposed, hidden;  // of these more where a visit is one multiply-add, none where it is so many, to hide behind
-  double sums;             // moving a vector of sums of a pixel in and out
-  double misses;           // as a share of load: more for a multiply-add whose filter block fills L1,
-  double dense_misses;     // and yet more, times the density
-  double scan;             // finding the zeros of 16 channels of a pixel in place
-  double wait;             // a visit, at least, if the one before added to the same sums
-  double pack;             // packing the non-zeros of a vector of the input, beyond copying it
+  double load;          // a multiply-add that loads its filter vector
+  double pair;          // one of two that share the load
+  double dense;         // one of several
+  double ends_of_rows;  // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
+  double visit;         // finding a channel, its broadcast
+  double ends;          // of a pair of pixels: its three lists
+  double exposed;       // more for these where a visit is one multiply-add, and nothing hides them;
+  double hidden;        // in proportion up to visits of so many
+  double sums;          // moving a vector of sums of a pixel in and out
+  double misses;        // as a share of load: more for a multiply-add whose filter block fills L1,
+  double dense_misses;  // and yet more, times the density
+  double scan;          // finding the zeros of 16 channels of a pixel, where values stay in place
+  double wait;          // a visit, at least, if the one before added to the same sums
+  double pack;          // packing the non-zeros of a vector of the input, beyond copying it
 };
 
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
@@ -124,10 +125,10 @@ struct Blocking {
 
 // Of the sweeps of a strand that visit a share `density` of the channels, one by one. `fills`: its filter block takes
 // all of L1.
-double walk_cost(const Costs& costs, double density, bool fills, bool pointwise, int taps, int vectors,
+double walk_cost(const Costs& costs, double density, bool fills, bool in_place, int taps, int vectors,
                  int channel_block) {
   const double load = costs.load * (fills ? 1 + costs.misses + costs.dense_misses * density : 1);
-  const double wait = pointwise ? costs.wait : costs.wait / sets_of_sums(taps, vectors);
+  const double wait = in_place ? costs.wait : costs.wait / sets_of_sums(taps, vectors);
   return density * std::max(taps * vectors * load + costs.visit, wait) +
          (costs.sums * vectors + costs.ends / 2) / channel_block;
 }
@@ -154,6 +155,7 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
                          const DataPlan& plan) {
   const Costs costs = costs_of(machine, kernels);
   const int64_t needed = ceil_div(plan.features, kernels.lanes);
+  const bool in_place = plan.pointwise || plan.fold > 0;
   Blocking best{};
   // Unused lanes of the last block count like any others.
   for (int v = kMaxVectors; v >= 1; --v) {
@@ -171,8 +173,7 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
         double cost = 0;
         for (const ColumnClass& c : plan.classes) {
           for (const Strand& s : c.strands) {
-            cost +=
-                walk_cost(costs, density, whole_l1 && s.taps == taps, plan.pointwise, s.taps, vectors, channel_block);
+            cost += walk_cost(costs, density, whole_l1 && s.taps == taps, in_place, s.taps, vectors, channel_block);
           }
         }
         return cost;
@@ -268,19 +269,19 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   // Dense sweeps of one or two taps also have few sums to add to in turn.
   const int ends_of_rows = !plan.packs || taps > 3 ? 0 : taps == 3 ? 1 : 2;
   const double step = std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, plan.vectors));
-  // Scanning two pixels, for all feature blocks, or packing them, for all sweeps that read them.
-  const double scan = plan.pointwise ? costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks)
-                                     : costs.pack * (2 * n / kernels.lanes) * work / plan.value_work;
+  // Scanning or packing two pixels, shared by all sweeps that read them.
+  const double apart = plan.pointwise && plan.phases.front().step > 1 ? 2 : 1;  // lines that are not read anyway
+  const double scan = plan.packs && !plan.pointwise
+                          ? costs.pack * (2 * n / kernels.lanes) * work / plan.value_work
+                          : apart * costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks * plan.kernel_rows);
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
   // Point sweeps keep the sums of two pixels apart; others add up to two products of a pair to a sum.
-  const bool point = plan.pointwise && !plan.packs;
-  const double wait = point ? costs.wait : costs.wait / sets_of_sums(taps, plan.vectors);
-  const double both = std::max(2 * work * costs.pair + costs.visit / 2, wait * std::min(2, point ? 1 : taps)),
+  const double wait = plan.packs ? costs.wait / sets_of_sums(taps, plan.vectors) : costs.wait;
+  const double both = std::max(2 * work * costs.pair + costs.visit / 2, wait * (plan.packs ? std::min(2, taps) : 1)),
                single = std::max(work * costs.load + costs.visit, wait);
   constexpr double kLong = 48;  // channels: shorter lists of packed values end more often where expected
-  const double unexpected = plan.packs ? std::min(1.0, n / kLong) : 1;
-  const double shown = std::max(0.0, costs.hidden - work) / (costs.hidden - 1);
-  const double ends = costs.ends + costs.exposed * unexpected * shown;
+  const double exposed = std::max(0.0, costs.hidden - work) / (costs.hidden - 1) * costs.exposed;
+  const double ends = costs.ends + exposed * (plan.packs ? std::min(1.0, n / kLong) : 1);
   const double target = 2 * work * step * n - ends - scan;
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first

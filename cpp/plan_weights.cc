@@ -32,7 +32,7 @@ struct Costs {
   double walk, mask_walk;   // a multiply-add of a walk of lists, of masks: broadcast and load come with it; at least
   double visit_fma, visit;  // where a visit is a few of them: each, and the visit
   double tile;              // a multiply-add of a tile
-  double element;           // of the checked operand that is zero: the fewer, the better are ends of lists foreseen
+  double element;           // of the checked operand: ends of lists, as far as they are not where expected
 };
 
 Costs costs_of(const WeightsMachine& machine) {
@@ -343,7 +343,9 @@ Estimate estimate(const WeightsPlan& plan, double density, const WeightsMachine&
     }
     if (plan.sparse) {
       cost.pack += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
-      cost.multiply += pixels * static_cast<double>(plan.channels) * (1 - density) * costs.element;
+      // Lists of all positions or of none end where expected.
+      const double unexpected = std::min(1 - density, 8 * density);
+      cost.multiply += pixels * static_cast<double>(plan.channels) * unexpected * costs.element;
     }
   };
   for (const PixelClass& cls : plan.classes) cls.for_parts(add);
@@ -542,14 +544,17 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
               std::to_string(group.vectors * plan.lanes);
   }
   add("tap_groups", groups);
-  // The density of the checked operand at which walks and tiles cost the same; costs are linear in it but for borders.
+  // The density of the checked operand up to which walks cost less than tiles.
   const auto sparse_cost = [&](double density) {
     return plan_weights(shape, Mode::kSparse, plan.lhs_checked ? Densities{density, 1} : Densities{1, density}, machine)
         .sparse_cost;
   };
-  const double empty = sparse_cost(0), full = sparse_cost(1);
-  const double break_even = full > empty ? (plan.dense_cost - empty) / (full - empty) : 1;
-  add("break_even_density", number(std::clamp(break_even, 0.0, 1.0)));
+  double below = 0, above = 1;
+  for (int i = 0; i < 12; ++i) {
+    const double middle = (below + above) / 2;
+    (sparse_cost(middle) < plan.dense_cost ? below : above) = middle;
+  }
+  add("break_even_density", number(sparse_cost(1) < plan.dense_cost ? 1 : below));
   add("sparse_cost", number(plan.sparse_cost));
   add("dense_cost", number(plan.dense_cost));
   return lines;

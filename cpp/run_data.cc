@@ -166,10 +166,13 @@ class TileInput {
 
   // The share of non-zeros in every few pixels.
   double sample(const Kernels& kernels) const {
-    constexpr int64_t kStep = 16, kShortStep = 5, kShort = 64;  // of rows
-    // What looking at a pixel takes, in multiply-adds, should be a hundredth of what its like lead to.
+    constexpr int64_t kStep = 16, kShortStep = 5, kShort = 64;  // pixels from one to the next; of a short row
+    // What looking at a pixel takes, in multiply-adds, should be a hundredth of what its like lead to. But some are
+    // needed, and not all in one column.
     const double channels = static_cast<double>(plan_.in_channels), look = 20 + channels / 8;
-    const int64_t rare = static_cast<int64_t>(std::min(1e6, 100 * look / (channels * plan_.value_work)));
+    const double wanted = 100 * look / (channels * plan_.value_work);
+    const double most = static_cast<double>(rows_ * slot_) / 8;
+    const int64_t rare = static_cast<int64_t>(std::min(wanted, most)) | 1;
     int64_t nonzeros = 0, elements = 0, skip = 0;
     const bool folded = plan_.fold > 0;
     for (const Image& image : images_) {

@@ -25,18 +25,21 @@ double density(ConstTensor values, int64_t count) {
   };
   const int64_t bytes = kRun * values.size();
   int64_t sum = 0, squares = 0;
-  for (int64_t index = 0, runs = 1;; ++index, ++runs) {
-    // Runs are far apart, and each is done long before the next has come.
+  for (int64_t index = 0;; ++index) {
+    // Runs are far apart, and each is done long before the next would come without being fetched.
     const char* later = static_cast<const char*>(run(std::min(index + kAhead, kRuns - 1)));
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(later + byte);
+    __builtin_prefetch(later + bytes - 1);
     const int64_t nonzeros = count_nonzero(run(index), kRun);
     sum += nonzeros;
     squares += nonzeros * nonzeros;
+    const int64_t runs = index + 1;
     if (runs % kGroups != 0) continue;
     const double mean = static_cast<double>(sum) / static_cast<double>(runs);
     const double variance = static_cast<double>(squares) / static_cast<double>(runs) - mean * mean;
     const double error = std::sqrt(std::max(0.0, variance) / static_cast<double>(runs));
-    if (error < kError * kRun || runs == kRuns) return mean / kRun;
+    // Runs without a non-zero agree too soon where a few have some.
+    if ((sum > 0 && error < kError * kRun) || runs == kRuns) return mean / kRun;
   }
 }
 

@@ -9,9 +9,9 @@
 namespace sparsetrain {
 
 // Fraction of non-zeros of count > 0 values. Large tensors are sampled: short runs at places that depend on the size
-// alone and that a multiplicative hash spreads, so that no period of channels or rows is favoured. They go on until they
-// agree so far that the standard error of their mean is below .0075: 64 runs or 128 if zeros are spread evenly, at most
-// 512.
+// alone and that a multiplicative hash spreads, so that no period of channels or rows is favoured. They go on until
+// they agree so far that the standard error of their mean is below .0075: 64 runs or 128 if zeros are spread evenly; at
+// most 512, and so many where none of them has a non-zero.
 double density(ConstTensor values, int64_t count);
 
 // Of convolutions of an operand whose density, as measured, is `sample`: where that is nothing and indeed all its

@@ -69,30 +69,65 @@ def test_one_multiply_add_a_cycle_makes_skipping_pay_earlier(isa: str) -> None:
     assert plans("bwd_input_masked", 0.95)[0]["path"] != "product"
 
 
-@pytest.mark.parametrize("fmas", [1, 2])
-def test_visits_of_few_multiply_adds_pay_at_fewer_non_zeros(fmas: int, isa: str) -> None:
-    # A 1x1 visit of one vector takes as long as four: it waits for sums, and nothing hides the ends of lists.
-    def dense_density(vectors: int) -> float:
-        features = vectors * (16 if isa.startswith("avx512") else 8 if isa == "avx2" else 4)
-        plan = native.plan("fwd", [16, 28, 28, 128, features, 1, 1], [1, 1, 0, 0, 0, 0], 1.0, fmas)
+def lanes(isa: str) -> int:
+    return 16 if isa.startswith("avx512") else 8 if isa == "avx2" else 4
+
+
+def test_visits_of_few_multiply_adds_pay_at_fewer_non_zeros(isa: str) -> None:
+    # A 1x1 visit of one vector waits for the sums of the one before, and nothing hides the ends of lists.
+    def dense_density(vectors: int, fmas: int) -> float:
+        plan = native.plan("fwd", [16, 28, 28, 128, vectors * lanes(isa), 1, 1], [1, 1, 0, 0, 0, 0], 1.0, fmas)
         assert int(plan["feature_vectors"]) == vectors
         return float(plan["dense_density"])
 
-    one, two, four = dense_density(1), dense_density(2), dense_density(4)
-    assert one < two < four
-    assert one < 0.4
+    for fmas in (1, 2) if isa.startswith("avx512") else (1,):
+        one, two, four = (dense_density(vectors, fmas) for vectors in (1, 2, 4))
+        assert one < 0.4
+        assert one < two < four or one == two == 0 < four
 
 
-@pytest.mark.parametrize("fmas", [1, 2])
-def test_features_that_half_fill_a_vector_halve_the_dense_cost_alone(fmas: int, isa: str) -> None:
+def test_features_that_half_fill_a_vector_halve_the_dense_cost_alone(isa: str) -> None:
     geometry = [1, 1, 3, 3, 3, 3]
-    lanes = 16 if isa.startswith("avx512") else 8 if isa == "avx2" else 4
-    full, half = (
-        native.plan("bwd_input_masked", [16, 18, 18, 160, features, 7, 7], geometry, 0.4, fmas)
-        for features in (lanes, lanes // 2)
-    )
-    assert float(half["dense_cost"]) < 0.6 * float(full["dense_cost"])
-    assert float(half["product_cost"]) == float(full["product_cost"])
+    for fmas in (1, 2) if isa.startswith("avx512") else (1,):
+        full, half = (
+            native.plan("bwd_input_masked", [16, 18, 18, 32, features, 7, 7], geometry, 0.4, fmas)
+            for features in (lanes(isa), lanes(isa) // 2)
+        )
+        assert float(half["dense_cost"]) < 0.6 * float(full["dense_cost"])
+        assert float(half["product_cost"]) == float(full["product_cost"])
+
+
+@pytest.mark.parametrize("density", [0.02, 0.5, 0.98])
+def test_the_break_even_density_of_bwd_weights_is_where_the_path_changes(density: float, isa: str) -> None:
+    for channels, features in ((64, 64), (128, 16), (488, 16), (16, 128)):
+        dims, geometry = [16, 28, 28, channels, features, 1, 1], [1, 1, 0, 0, 0, 0]
+        plan = native.plan("bwd_weights", dims, geometry, density)
+        if plan["checked"] == "lhs" and abs(float(plan["break_even_density"]) - density) > 0.01:
+            assert (plan["path"] == "sparse") == (density < float(plan["break_even_density"])), plan
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("count", [1, 1000, 32768, 32769, 100_000, 1_000_003])
+def test_the_measured_density_is_right_however_zeros_are_spread(count: int, dtype: str, isa: str) -> None:
+    rng = np.random.default_rng(count)
+    size = 4 if dtype == "float32" else 2
+    i = np.arange(count)
+    for name, mask, tolerance in (
+        ("none", np.zeros(count, bool), 0.0),
+        ("all", np.ones(count, bool), 0.0),
+        ("few, spread evenly", rng.random(count) < 0.1, 0.03),
+        ("half, spread evenly", rng.random(count) < 0.5, 0.04),
+        ("whole images", i * 16 // count % 4 == 0, 0.1),
+        ("one image", i * 16 // count == 11, 0.06),
+        ("channels", i % 128 < 32, 0.05),
+        ("rows", i // 896 % 2 == 0, 0.1),
+    ):
+        ones = np.full(count, 0x3F, np.uint8)
+        values = np.zeros((count, size), np.uint8)
+        values[:, -1] = np.where(mask, ones, 0)
+        measured = native._native.density(dtype, values.tobytes())
+        exact = count <= 32768
+        assert abs(measured - mask.mean()) <= (1e-9 if exact else tolerance), (name, measured, mask.mean())
 
 
 @pytest.mark.parametrize("component", ["fwd", "bwd_input", "bwd_weights", "bwd_input_masked"])
