@@ -86,7 +86,7 @@ struct PlacedSweepArgs {
   int value_lines;       // lines of 64 bytes of a pixel's block that point sweeps fetch into L1 two pixels ahead
   const char* prefetch;  // sweeps fetch this many lines of 64 bytes from here into L2 at every step, on the side
   int prefetch_lines;
-  bool stream;  // out by-passes the caches (64-byte aligned, whole vectors)
+  bool stream;  // out by-passes the caches (64-byte aligned, out_features whole vectors)
   bool fetch;   // float32 out comes from beyond L2: its lines are fetched some columns before they are written
   // 1-tap sweeps that finish a narrow result store it themselves: while they wait for loads, rounding is free.
   DType out_dtype;   // float32: the above holds; else

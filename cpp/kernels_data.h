@@ -118,7 +118,9 @@ struct Columns {
       });
     }
     if (a.stream) {
-      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(out + v * kLanes, sums[v]); });
+      unroll<kVectors>([&](auto v) ST_LAMBDA {
+        if (v * kLanes < a.out_features) Isa::stream(out + v * kLanes, sums[v]);
+      });
       return;
     }
     fetch(a, out);

@@ -626,8 +626,8 @@ class BlockSweeper {
   void finish(int64_t g, Range part, const float* sums) const {
     const int64_t at = result_index(g, part);
     call_.kernels.data.finish[index_of(call_.input.dtype)][index_of(call_.result.dtype)](
-        {sums, features_, part.size(), valid_, call_.result.at(at), result_pitch(), keep_at(at),
-         call_.stream && valid_ == features_, call_.fetch});
+        {sums, features_, part.size(), valid_, call_.result.at(at), result_pitch(), keep_at(at), call_.stream,
+         call_.fetch});
   }
 
   void run_placed(const Sweep& s) const {
@@ -688,7 +688,7 @@ class BlockSweeper {
       args.keep = static_cast<const float*>(keep_at(at));
       args.out_pitch = result_pitch();
       args.out_features = static_cast<int>(valid_);
-      args.stream = call_.stream && valid_ == features_;
+      args.stream = call_.stream;
       args.fetch = call_.fetch;
       sweep(part);
     }
