@@ -88,6 +88,7 @@ struct Costs {
   double ends_of_rows;  // more for one of a dense sweep of a few taps, which does not leave out what is beyond a row
   double visit;         // finding a channel, its broadcast
   double ends;          // of a pair of pixels: its three lists
+  double step;          // more for a pair of pixels in place, whatever it has
   double exposed;       // more for these where a visit is one multiply-add, and nothing hides them;
   double hidden;        // in proportion up to visits of so many
   double sums;          // moving a vector of sums of a pixel in and out
@@ -101,9 +102,9 @@ struct Costs {
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 30, 3, 3, 0.02, 0.05, 3, 2.8, 4};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 140, 25, 3, 0.07, 0, 3, 7.5, 4};
-  return {1.27, 1.18, 1.09, 0, 2, 70, 60, 6, 7.7, 0.07, 0, 6, 7, 8};
+  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 15, 30, 3, 3, 0.02, 0.05, 3, 2.8, 4};
+  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 15, 140, 25, 3, 0.07, 0, 3, 7.5, 4};
+  return {1.27, 1.18, 1.09, 0, 2, 70, 20, 60, 6, 7.7, 0.07, 0, 6, 7, 8};
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -259,30 +260,37 @@ bool serial(const Machine& machine, const Kernels& kernels, double density, cons
   return too_small_for_threads(work, kernel + result);
 }
 
-// The density at which walking pixel pairs costs what a dense sweep costs, for a pair of pixels and a channel block.
-// kNever: walking all channels costs less.
+// The density at which walking pixel pairs costs what dense sweeps cost, for a pair of pixels, a channel block and all
+// feature blocks. kNever: walking all channels costs less.
 float dense_density(const Machine& machine, const Kernels& kernels, int taps, const DataPlan& plan) {
   constexpr float kNever = 2;
+  constexpr double kLong = 48;  // channels: shorter lists of packed values end more often where expected
   const Costs costs = costs_of(machine, kernels);
   const double n = static_cast<double>(plan.channels) / static_cast<double>(plan.channel_blocks());
-  const int work = taps * plan.vectors;
   // Dense sweeps of one or two taps also have few sums to add to in turn.
   const int ends_of_rows = !plan.packs || taps > 3 ? 0 : taps == 3 ? 1 : 2;
-  const double step = std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, plan.vectors));
+  // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
+  double both = 0, single = 0, ends = 0, dense = 0, all_work = 0;
+  const auto add = [&](int vectors, int64_t count) {
+    const double blocks = static_cast<double>(count), work = taps * vectors;
+    // Point sweeps keep the sums of two pixels apart; others add up to two products of a pair to a sum.
+    const double wait = plan.packs ? costs.wait / sets_of_sums(taps, vectors) : costs.wait;
+    const double exposed = std::max(0.0, costs.hidden - work) / (costs.hidden - 1) * costs.exposed;
+    both += blocks * std::max(2 * work * costs.pair + costs.visit / 2, wait * (plan.packs ? std::min(2, taps) : 1));
+    single += blocks * std::max(work * costs.load + costs.visit, wait);
+    ends += blocks * (costs.ends + (plan.packs ? exposed * std::min(1.0, n / kLong) : exposed + costs.step));
+    dense += blocks * 2 * work * n *
+             std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, vectors));
+    all_work += blocks * work;
+  };
+  add(plan.vectors, plan.blocks - 1);
+  add(plan.last_vectors, 1);
   // Scanning or packing two pixels, shared by all sweeps that read them.
   const double apart = plan.pointwise && plan.phases.front().step > 1 ? 2 : 1;  // lines that are not read anyway
   const double scan = plan.packs && !plan.pointwise
-                          ? costs.pack * (2 * n / kernels.lanes) * work / plan.value_work
-                          : apart * costs.scan * (n / 8 + 4) / static_cast<double>(plan.blocks * plan.kernel_rows);
-  // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
-  // Point sweeps keep the sums of two pixels apart; others add up to two products of a pair to a sum.
-  const double wait = plan.packs ? costs.wait / sets_of_sums(taps, plan.vectors) : costs.wait;
-  const double both = std::max(2 * work * costs.pair + costs.visit / 2, wait * (plan.packs ? std::min(2, taps) : 1)),
-               single = std::max(work * costs.load + costs.visit, wait);
-  constexpr double kLong = 48;  // channels: shorter lists of packed values end more often where expected
-  const double exposed = std::max(0.0, costs.hidden - work) / (costs.hidden - 1) * costs.exposed;
-  const double ends = costs.ends + exposed * (plan.packs ? std::min(1.0, n / kLong) : 1);
-  const double target = 2 * work * step * n - ends - scan;
+                          ? costs.pack * (2 * n / kernels.lanes) * all_work / plan.value_work
+                          : apart * costs.scan * (n / 8 + 4) / static_cast<double>(plan.kernel_rows);
+  const double target = dense - ends - scan;
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
   // coefficient are safe.
