@@ -384,19 +384,19 @@ class InputAhead {
     const int64_t steps = std::max<int64_t>(1, sweeps * ((columns + 1) / 2));
     lines_ = static_cast<int>(ceil_div(bytes / 64, steps));
   }
+  // The last sweeps may go a little beyond: lines are dealt out evenly.
   void aim(int64_t columns, PlacedSweepArgs* args) {
-    const int64_t bytes = 64 * lines_ * ((columns + 1) / 2);
     args->prefetch = next_;
-    args->prefetch_lines = next_ + bytes <= end_ ? lines_ : 0;
-    next_ += args->prefetch_lines > 0 ? bytes : 0;
+    args->prefetch_lines = next_ < end_ ? lines_ : 0;
+    next_ += 64 * args->prefetch_lines * ((columns + 1) / 2);
   }
   // For so many rows of a packed sweep.
   void aim(int64_t columns, int64_t rows, SweepArgs* args) {
-    const int64_t lines = lines_ * ((columns + 1) / 2), bytes = 64 * lines * rows;
-    if (next_ + bytes > end_) return;
+    if (next_ >= end_) return;
+    const int64_t lines = lines_ * ((columns + 1) / 2);
     args->input_ahead.at = next_;
     args->input_ahead.each = static_cast<int>(lines);
-    next_ += bytes;
+    next_ += 64 * lines * rows;
   }
 
  private:
