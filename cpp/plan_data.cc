@@ -278,7 +278,8 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
     const double exposed = std::max(0.0, costs.hidden - work) / (costs.hidden - 1) * costs.exposed;
     both += blocks * std::max(2 * work * costs.pair + costs.visit / 2, wait * (plan.packs ? std::min(2, taps) : 1));
     single += blocks * std::max(work * costs.load + costs.visit, wait);
-    ends += blocks * (costs.ends + (plan.packs ? exposed * std::min(1.0, n / kLong) : exposed + costs.step));
+    const double step = costs.step * std::min(1.0, work - 1);  // of one multiply-add it is in `exposed`
+    ends += blocks * (costs.ends + (plan.packs ? exposed * std::min(1.0, n / kLong) : exposed + step));
     dense += blocks * 2 * work * n *
              std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, vectors));
     all_work += blocks * work;
