@@ -549,12 +549,12 @@ std::vector<std::pair<std::string, std::string>> describe_weights_plan(const Con
     return plan_weights(shape, Mode::kSparse, plan.lhs_checked ? Densities{density, 1} : Densities{1, density}, machine)
         .sparse_cost;
   };
-  double below = 0, above = 1;
-  for (int i = 0; i < 12; ++i) {
+  double below = sparse_cost(1) < plan.dense_cost ? 1 : 0, above = 1;
+  while (above - below > 1.0 / 4096) {
     const double middle = (below + above) / 2;
     (sparse_cost(middle) < plan.dense_cost ? below : above) = middle;
   }
-  add("break_even_density", number(sparse_cost(1) < plan.dense_cost ? 1 : below));
+  add("break_even_density", number(below));
   add("sparse_cost", number(plan.sparse_cost));
   add("dense_cost", number(plan.dense_cost));
   return lines;

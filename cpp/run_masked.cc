@@ -94,6 +94,10 @@ class MaskedRun {
     return {cls, cls->block(block, plan_.shape.n), channel, std::min(plan_.channel_block, plan_.shape.c - channel)};
   }
 
+  // Lines that so many features of a pixel of g, channels of one of x lie in.
+  int64_t g_lines(int64_t features) const { return lines_of(features * g_.size(), plan_.shape.k * g_.size()); }
+  int64_t x_lines(int64_t channels) const { return lines_of(channels * x_.size(), plan_.shape.c * x_.size()); }
+
   // Elements before channel 0 of a pixel in x and dlhs.
   int64_t pixel(const MaskedClass& cls, int64_t n, int64_t row, int64_t column) const {
     const ConvShape& s = plan_.shape;
@@ -149,8 +153,7 @@ class MaskedRun {
       if (step.feature == 0) g_count = point_at_g(step, block, cls, zeros, g_pixels);
       kernels_.weights.copy[dtype_]({g_pixels, g_count, step.feature, step.features, g, width});
       // While a step computes, the g of the next one comes into L2, or of the next item, and a share of the latter's x.
-      WeightsPrefetch next_g = {g_pixels, g_count, (step.feature + width) * g_.size(),
-                                lines_of(width * g_.size(), plan_.shape.k * g_.size())};
+      WeightsPrefetch next_g = {g_pixels, g_count, (step.feature + width) * g_.size(), g_lines(width)};
       if (i + 1 == steps) {
         next_g = {ahead_g, 0, 0, next_g.lines};
         if (ahead_slots > 0 && !ahead.cls->steps.empty()) {
@@ -159,8 +162,7 @@ class MaskedRun {
         }
       }
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
-      const WeightsPrefetch next_x = {ahead_x + begin, end - begin, 0,
-                                      lines_of(ahead.channels * x_.size(), plan_.shape.c * x_.size())};
+      const WeightsPrefetch next_x = {ahead_x + begin, end - begin, 0, x_lines(ahead.channels)};
       const float* filter = filter_ + step.filter + item.channel * step.filter_channel;
       table.product[step.rows.taps][step.columns.taps][choice]({lists,
                                                                 counts,
@@ -229,13 +231,12 @@ class MaskedRun {
     for (int64_t i = 0; i < turns; ++i) {
       const MaskedStep& step = cls.steps[i / blocks];
       const int64_t b = i % blocks, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
-      const int64_t lines = lines_of(width * g_.size(), plan_.shape.k * g_.size());
+      const int64_t lines = g_lines(width);
       const int64_t begin = lines * b / blocks, end = lines * (b + 1) / blocks;
       WeightsPrefetch next_g = {g_pixels, count, (step.feature + width) * g_.size() + 64 * begin, end - begin};
       if (i / blocks + 1 == steps) next_g = {ahead_g, same_class ? ahead_count : 0, 64 * begin, end - begin};
       const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
-      const WeightsPrefetch next_x = {ahead_x + begin_x, end_x - begin_x, 0,
-                                      lines_of(ahead.channels * x_.size(), plan_.shape.c * x_.size())};
+      const WeightsPrefetch next_x = {ahead_x + begin_x, end_x - begin_x, 0, x_lines(ahead.channels)};
       table.point_product[dtype_][step.vectors]({lists + b * pitch,
                                                  starts + b * (count + 1),
                                                  point_count,
