@@ -102,9 +102,59 @@ struct Costs {
 // Where there is one of these a cycle (fitted to measurements and an emulation, bench/NOTES.md), loads, sums and
 // mispredicted ends of lists partly hide behind it. Two vectors of eight lanes a cycle have their two loads.
 Costs costs_of(const Machine& machine, const Kernels& kernels) {
-  if (machine.single_fma(kernels.lanes)) return {1, 1, 1, 0.04, 0.5, 15, 15, 30, 3, 3, 0.02, 0.05, 3, 2.8, 4};
-  if (kernels.lanes == 8) return {1.05, 1, 1, 0.04, 1, 20, 15, 140, 25, 3, 0.07, 0, 3, 7.5, 4};
-  return {1.27, 1.18, 1.09, 0, 2, 70, 20, 60, 6, 7.7, 0.07, 0, 6, 7, 8};
+  if (machine.single_fma(kernels.lanes))
+    return {
+        .load = 1,
+        .pair = 1,
+        .dense = 1,
+        .ends_of_rows = 0.04,
+        .visit = 0.5,
+        .ends = 15,
+        .step = 15,
+        .exposed = 30,
+        .hidden = 3,
+        .sums = 3,
+        .misses = 0.02,
+        .dense_misses = 0.05,
+        .scan = 3,
+        .wait = 2.8,
+        .pack = 4,
+    };
+  if (kernels.lanes == 8)
+    return {
+        .load = 1.05,
+        .pair = 1,
+        .dense = 1,
+        .ends_of_rows = 0.04,
+        .visit = 1,
+        .ends = 20,
+        .step = 15,
+        .exposed = 140,
+        .hidden = 25,
+        .sums = 3,
+        .misses = 0.07,
+        .dense_misses = 0,
+        .scan = 3,
+        .wait = 7.5,
+        .pack = 4,
+    };
+  return {
+      .load = 1.27,
+      .pair = 1.18,
+      .dense = 1.09,
+      .ends_of_rows = 0,
+      .visit = 2,
+      .ends = 70,
+      .step = 20,
+      .exposed = 60,
+      .hidden = 6,
+      .sums = 7.7,
+      .misses = 0.07,
+      .dense_misses = 0,
+      .scan = 6,
+      .wait = 7,
+      .pack = 8,
+  };
 }
 
 // Channels of a filter block of at most this many bytes.
@@ -239,7 +289,7 @@ bool point_packs(const Machine& machine, const Kernels& kernels, double density,
 }
 
 // Roughly: what the zeros leave to do, and what is done whatever they are.
-bool serial(const Machine& machine, const Kernels& kernels, double density, const DataPlan& plan) {
+bool serial(const Machine& machine, const Kernels& kernels, const DataPlan& plan) {
   constexpr double kScan = 2;         // finding the zeros of a vector of the input
   constexpr double kFar = 18;         // more for a vector of a kernel that does not stay in L2
   int64_t taps = 0, column_taps = 0;  // of the kernel's rows; of all columns of a row of the result
@@ -254,7 +304,7 @@ bool serial(const Machine& machine, const Kernels& kernels, double density, cons
   const int64_t features = ceil_div(plan.features, kernels.lanes), channels = ceil_div(plan.channels, kernels.lanes);
   const int64_t kernel = taps * plan.kernel_rows * plan.channels * features;
   const int64_t result = plan.images * plan.out_rows * plan.out_columns * features;
-  double work = density * static_cast<double>(rows * column_taps * plan.channels * features) +
+  double work = plan.visited * static_cast<double>(rows * column_taps * plan.channels * features) +
                 kScan * static_cast<double>(plan.images * plan.in_rows * plan.in_columns * channels);
   if (4 * kernel * kernels.lanes > machine.l2_bytes / 2) work += kFar * static_cast<double>(kernel);
   return too_small_for_threads(work, kernel + result);
@@ -376,8 +426,8 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   plan.stream = streams && plan.features % kernels.lanes == 0 && result_bytes > machine.l3_bytes / 4;
   // A single visit has a load for each multiply-add, and its value is one more.
   plan.take = single_fma;
-  if (!dense) plan.value_work *= density;
-  plan.serial = serial(machine, kernels, dense ? 1 : density, plan);
+  plan.visited = dense ? 1 : density;
+  plan.serial = serial(machine, kernels, plan);
   return plan;
 }
 

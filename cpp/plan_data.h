@@ -80,7 +80,8 @@ struct DataPlan {
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row
   bool stream;           // the result by-passes the caches
-  double value_work;     // multiply-adds of a vector that a value of the input leads to; of sparse plans, on average
+  double value_work;     // multiply-adds of a vector that a value of the input leads to, if it is visited
+  double visited;        // the share of values that are expected to be: of dense plans, all
   bool take;             // single values come out of a register
   bool serial;           // too small for threads
   float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does

@@ -41,8 +41,39 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.single_fma()) return {1.12, 1.8, 110, 15, 1.1, 0.98, 20, 1.4, 1.5, 0.93, 1.13, 18, 0.9, 1.13};
-  return {1.22, 4, 110, 26, 1.3, 0.85, 35, 3.3, 2.8, 0.91, 1, 35, 2.1, 1};
+  if (machine.single_fma())
+    return {
+        .product = 1.12,
+        .element = 1.8,
+        .channel = 110,
+        .filter = 15,
+        .zero = 1.1,
+        .margin = 0.98,
+        .point = 20,
+        .point_vector = 1.4,
+        .point_entry = 1.5,
+        .point_fma = 0.93,
+        .point_wide = 1.13,
+        .point_once = 18,
+        .point_element = 0.9,
+        .point_steps = 1.13,
+    };
+  return {
+      .product = 1.22,
+      .element = 4,
+      .channel = 110,
+      .filter = 26,
+      .zero = 1.3,
+      .margin = 0.85,
+      .point = 35,
+      .point_vector = 3.3,
+      .point_entry = 2.8,
+      .point_fma = 0.91,
+      .point_wide = 1,
+      .point_once = 35,
+      .point_element = 2.1,
+      .point_steps = 1,
+  };
 }
 
 // A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these

@@ -36,10 +36,33 @@ struct Costs {
 };
 
 Costs costs_of(const WeightsMachine& machine) {
-  if (machine.single_fma()) return {4, 2, 3, 6, 1.16, 1.18, 0.95, 1, 1.1, 1};
+  if (machine.single_fma())
+    return {
+        .pack = 4,
+        .group = 2,
+        .copy = 3,
+        .end = 6,
+        .walk = 1.16,
+        .mask_walk = 1.18,
+        .visit_fma = 0.95,
+        .visit = 1,
+        .tile = 1.1,
+        .element = 1,
+    };
   // Sixteen registers hold too few sums for channels to share loads.
   const double walk = machine.lanes == 8 ? 1.4 : 1.2;
-  return {8, 4, 5, 12, walk, walk, 0.86, 3.1, 1.12, 0};
+  return {
+      .pack = 8,
+      .group = 4,
+      .copy = 5,
+      .end = 12,
+      .walk = walk,
+      .mask_walk = walk,
+      .visit_fma = 0.86,
+      .visit = 3.1,
+      .tile = 1.12,
+      .element = 0,
+  };
 }
 
 int64_t strided_count(int64_t size, int64_t start, int64_t step) {

@@ -97,13 +97,13 @@ class PackedKernel {
     const int64_t size = rhs.size(), rows = plan_.channels, cols = plan_.features;
     const int64_t tap = r * plan_.kernel_columns * rows * cols;
     const void* at = rhs.at(tap + (fwd ? c0 * cols + f0 : f0 * rows + c0));
-    return {static_cast<const char*>(at),
-            0,
-            static_cast<int>(fwd ? channels : features),
-            static_cast<int>(plan_.kernel_columns),
-            static_cast<int>(((fwd ? features : channels) * size + 63) / 64),
-            (fwd ? cols : rows) * size,
-            rows * cols * size};
+    return {.at = static_cast<const char*>(at),
+            .each = 0,
+            .rows = static_cast<int>(fwd ? channels : features),
+            .pieces = static_cast<int>(plan_.kernel_columns),
+            .lines = static_cast<int>(((fwd ? features : channels) * size + 63) / 64),
+            .row_pitch = (fwd ? cols : rows) * size,
+            .piece_pitch = rows * cols * size};
   }
 
   // The filter blocks of all features and classes.
@@ -625,9 +625,15 @@ class BlockSweeper {
   // Moves a part of a row of sums to the result.
   void finish(int64_t g, Range part, const float* sums) const {
     const int64_t at = result_index(g, part);
-    call_.kernels.data.finish[index_of(call_.input.dtype)][index_of(call_.result.dtype)](
-        {sums, features_, part.size(), valid_, call_.result.at(at), result_pitch(), keep_at(at), call_.stream,
-         call_.fetch});
+    call_.kernels.data.finish[index_of(call_.input.dtype)][index_of(call_.result.dtype)]({.sums = sums,
+                                                                                          .pitch = features_,
+                                                                                          .rows = part.size(),
+                                                                                          .features = valid_,
+                                                                                          .out = call_.result.at(at),
+                                                                                          .out_pitch = result_pitch(),
+                                                                                          .keep = keep_at(at),
+                                                                                          .stream = call_.stream,
+                                                                                          .fetch = call_.fetch});
   }
 
   void run_placed(const Sweep& s) const {
@@ -787,7 +793,7 @@ class TileQueue {
       });
       const double left = static_cast<double>(plan_.blocks - least->load(std::memory_order_relaxed));
       // Finding the zeros again takes as long as a multiply-add for each value; what is left should take longer.
-      if (left <= 0 || plan_.value_work * left < static_cast<double>(plan_.blocks)) break;
+      if (left <= 0 || plan_.visited * plan_.value_work * left < static_cast<double>(plan_.blocks)) break;
       const Range blocks = take(least - taken_.begin());
       if (blocks.size() > 0) return {least - taken_.begin(), blocks};
     }
@@ -851,9 +857,18 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
   const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
   const bool stream = plan.stream && aligned && result.dtype == DType::kF32;
   const int64_t result_bytes = plan.images * plan.out_rows * plan.out_columns * plan.features * result.size();
-  const Call call{plan, density, k,      layout,
-                  mode, input,   rhs,    packs_ahead ? packed.as<float>() : nullptr,
-                  keep, result,  stream, !stream && result_bytes > 2 * machine().l2_bytes};
+  const Call call{.plan = plan,
+                  .density = density,
+                  .kernels = k,
+                  .layout = layout,
+                  .mode = mode,
+                  .input = input,
+                  .rhs = rhs,
+                  .packed = packs_ahead ? packed.as<float>() : nullptr,
+                  .keep = keep,
+                  .result = result,
+                  .stream = stream,
+                  .fetch = !stream && result_bytes > 2 * machine().l2_bytes};
 
   Executor& threads = helpers_unless(plan.serial, executor);
   const int concurrency = threads.concurrency();

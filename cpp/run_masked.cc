@@ -143,7 +143,14 @@ class MaskedRun {
     std::fill(positions + slots, positions + round_up(slots, 64), uint16_t{0});
     const MaskedKernels& table = kernels_.masked;
     const int used_words = static_cast<int>(ceil_div(slots, 64));
-    table.lists[dtype_]({x_pixels, used_words, channel_count, positions, masks, lists, capacity, counts});
+    table.lists[dtype_]({.pixels = x_pixels,
+                         .words = used_words,
+                         .channels = channel_count,
+                         .positions = positions,
+                         .masks = masks,
+                         .lists = lists,
+                         .capacity = capacity,
+                         .counts = counts});
     const int64_t ahead_slots = point_at(x_, ahead, ahead_x), steps = static_cast<int64_t>(cls.steps.size());
     int64_t g_count = 0;
     for (int64_t i = 0; i < steps; ++i) {
@@ -151,7 +158,12 @@ class MaskedRun {
       const int width = step.vectors * plan_.lanes, choice = __builtin_ctz(static_cast<unsigned>(step.vectors));
       // Steps differ in features first, then in taps.
       if (step.feature == 0) g_count = point_at_g(step, block, cls, zeros, g_pixels);
-      kernels_.weights.copy[dtype_]({g_pixels, g_count, step.feature, step.features, g, width});
+      kernels_.weights.copy[dtype_]({.pixels = g_pixels,
+                                     .positions = g_count,
+                                     .feature = step.feature,
+                                     .features = step.features,
+                                     .to = g,
+                                     .width = width});
       // While a step computes, the g of the next one comes into L2, or of the next item, and a share of the latter's x.
       WeightsPrefetch next_g = {g_pixels, g_count, (step.feature + width) * g_.size(), g_lines(width)};
       if (i + 1 == steps) {
@@ -163,22 +175,29 @@ class MaskedRun {
       }
       const int64_t begin = ahead_slots * i / steps, end = ahead_slots * (i + 1) / steps;
       const WeightsPrefetch next_x = {ahead_x + begin, end - begin, 0, x_lines(ahead.channels)};
-      const float* filter = filter_ + step.filter + item.channel * step.filter_channel;
-      table.product[step.rows.taps][step.columns.taps][choice]({lists,
-                                                                counts,
-                                                                capacity,
-                                                                channel_count,
-                                                                g,
-                                                                static_cast<int>(cls.pitch),
-                                                                filter,
-                                                                step.filter_channel,
-                                                                step.filter_row,
-                                                                values,
-                                                                i == 0,
-                                                                {next_g, next_x}});
+      table.product[step.rows.taps][step.columns.taps][choice](
+          {.lists = lists,
+           .counts = counts,
+           .capacity = capacity,
+           .channels = channel_count,
+           .g = g,
+           .tap_row = static_cast<int>(cls.pitch),
+           .filter = filter_ + step.filter + item.channel * step.filter_channel,
+           .filter_channel = step.filter_channel,
+           .filter_row = step.filter_row,
+           .values = values,
+           .first = i == 0,
+           .next = {next_g, next_x}});
     }
-    table.store[index_of(dlhs_.dtype)](
-        {masks, used_words, channel_count, values, capacity, pixels, static_cast<int>(slots), stream_, counts});
+    table.store[index_of(dlhs_.dtype)]({.masks = masks,
+                                        .words = used_words,
+                                        .channels = channel_count,
+                                        .values = values,
+                                        .capacity = capacity,
+                                        .pixels = pixels,
+                                        .slots = static_cast<int>(slots),
+                                        .stream = stream_,
+                                        .taken = counts});
   }
 
   // An item of a class that meets at most one tap.
@@ -215,8 +234,15 @@ class MaskedRun {
       const MaskedStep& first = cls.steps.front();
       const int64_t width = static_cast<int64_t>(first.vectors) * plan_.lanes;
       for (int64_t c = 0; c < filter_block; ++c) offsets[c] = static_cast<uint16_t>(c * width / 2);
-      table.point_lists[dtype_](
-          {x_pixels, point_count, channel_count, static_cast<int>(filter_block), offsets, lists, pitch, starts, masks});
+      table.point_lists[dtype_]({.pixels = x_pixels,
+                                 .count = point_count,
+                                 .channels = channel_count,
+                                 .block = static_cast<int>(filter_block),
+                                 .offsets = offsets,
+                                 .lists = lists,
+                                 .pitch = pitch,
+                                 .starts = starts,
+                                 .masks = masks});
       std::fill_n(zeros, zeros_size, 0.0f);
       point_at_g(first, block, {block.columns, block.rows}, zeros, g_pixels);
       point_at(x_, ahead, ahead_x);
@@ -237,19 +263,27 @@ class MaskedRun {
       if (i / blocks + 1 == steps) next_g = {ahead_g, same_class ? ahead_count : 0, 64 * begin, end - begin};
       const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
       const WeightsPrefetch next_x = {ahead_x + begin_x, end_x - begin_x, 0, x_lines(ahead.channels)};
-      table.point_product[dtype_][step.vectors]({lists + b * pitch,
-                                                 starts + b * (count + 1),
-                                                 point_count,
-                                                 g_pixels,
-                                                 step.feature,
-                                                 step.features,
-                                                 filter_ + step.filter + (item.channel + b * filter_block) * width,
-                                                 values + b * pitch,
-                                                 i < blocks,
-                                                 {next_g, next_x}});
+      table.point_product[dtype_][step.vectors](
+          {.lists = lists + b * pitch,
+           .starts = starts + b * (count + 1),
+           .count = point_count,
+           .g = g_pixels,
+           .feature = step.feature,
+           .features = step.features,
+           .filter = filter_ + step.filter + (item.channel + b * filter_block) * width,
+           .values = values + b * pitch,
+           .first = i < blocks,
+           .next = {next_g, next_x}});
     }
-    table.point_store[index_of(dlhs_.dtype)]({steps > 0 ? masks : nullptr, values, pitch, starts, pixels, point_count,
-                                              channel_count, static_cast<int>(filter_block), stream_});
+    table.point_store[index_of(dlhs_.dtype)]({.masks = steps > 0 ? masks : nullptr,
+                                              .values = values,
+                                              .pitch = pitch,
+                                              .starts = starts,
+                                              .pixels = pixels,
+                                              .count = point_count,
+                                              .channels = channel_count,
+                                              .block = static_cast<int>(filter_block),
+                                              .stream = stream_});
   }
 
   // Channel 0 of the item's pixels of x or dlhs, in the order of their slots; returns how many.

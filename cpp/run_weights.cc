@@ -317,71 +317,112 @@ class WeightsRun {
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
           const int width = vectors * plan_.lanes;
           const int64_t feature = item.feature + first;
-          if (any)
-            table_.copy[dtype_](
-                {scratch.dense[0].pixels, scratch.dense[0].count, feature, features, scratch.copy, width});
-          const WeightsPanel panel =
-              panel_of(group, item, first, features, width, scratch.panel + sums, first_block, direct() && last);
+          if (any) {
+            table_.copy[dtype_]({.pixels = scratch.dense[0].pixels,
+                                 .positions = scratch.dense[0].count,
+                                 .feature = feature,
+                                 .features = features,
+                                 .to = scratch.copy,
+                                 .width = width});
+          }
           const bool more = first + features < item.features;
           const PixelTable& next = scratch.dense[more ? 0 : 1];
-          const WeightsPrefetch next_dense = {next.pixels, next.count, (more ? feature + width : item.feature) * size_,
-                                              lines_of(width * size_, dense_.channels * size_)};
           const PixelTable& ahead = scratch.checked[1];
           const int64_t from = ahead.count * step / steps, to = ahead.count * (step + 1) / steps;
-          const WeightsPrefetch next_checked = {ahead.pixels + from, to - from, 0,
-                                                lines_of(item.channels * size_, checked_.channels * size_)};
           ++step;
-          const int choice = log2_of(vectors), channels = static_cast<int>(item.channels);
+          const Step now = {
+              .part = part,
+              .group = group,
+              .block = block,
+              .vectors = vectors,
+              .channels = static_cast<int>(item.channels),
+              .panel =
+                  panel_of(group, item, first, features, width, scratch.panel + sums, first_block, direct() && last),
+              .next_dense = {.pixels = next.pixels,
+                             .count = next.count,
+                             .offset = (more ? feature + width : item.feature) * size_,
+                             .lines = lines_of(width * size_, dense_.channels * size_)},
+              .next_checked = {.pixels = ahead.pixels + from,
+                               .count = to - from,
+                               .offset = 0,
+                               .lines = lines_of(item.channels * size_, checked_.channels * size_)},
+          };
           if (plan_.sparse) {
-            const int words = static_cast<int>(ceil_div(scratch.checked[0].count, 64));
-            table_.walk[group.rows.taps][group.columns.taps][choice]({scratch.values,
-                                                                      line(),
-                                                                      scratch.masks,
-                                                                      words,
-                                                                      scratch.lists,
-                                                                      list_pitch(),
-                                                                      scratch.counts,
-                                                                      part.lists,
-                                                                      other_values(),
-                                                                      other_list(),
-                                                                      plan_.take,
-                                                                      channels,
-                                                                      part.together,
-                                                                      scratch.copy,
-                                                                      part.pitch,
-                                                                      panel,
-                                                                      {next_dense, next_checked}});
-            return;
-          }
-          const ptrdiff_t group_pitch = scratch.checked[0].count * table_.tile_channels[choice] + 2 * kLinePad;
-          if (grouped != vectors) {
-            table_.group[dtype_][choice](
-                {scratch.checked[0].pixels, scratch.checked[0].count, channels, scratch.values, group_pitch});
+            walk(now, scratch);
+          } else {
+            tile(now, grouped != vectors, scratch);
             grouped = vectors;
           }
-          table_.tile[choice]({scratch.values,
-                               group_pitch,
-                               channels,
-                               static_cast<int>(block.images),
-                               static_cast<int>(block.rows),
-                               static_cast<int>(block.columns),
-                               scratch.copy,
-                               part.image_rows * part.pitch,
-                               part.pitch,
-                               group.rows.taps,
-                               group.columns.taps,
-                               part.pitch,
-                               clamped(-block.row - group.rows.offset),
-                               clamped(group.rows.count - block.row - group.rows.offset),
-                               clamped(-block.column - group.columns.offset),
-                               clamped(group.columns.count - block.column - group.columns.offset),
-                               panel,
-                               {next_dense, next_checked}});
         });
         std::swap(scratch.dense[0], scratch.dense[1]);
       }
       std::swap(scratch.checked[0], scratch.checked[1]);
     }
+  }
+
+  // A block meets a group of taps and a step of features: what its kernel is told, beside what lies in scratch.
+  struct Step {
+    const PixelClass& part;
+    const TapGroup& group;
+    const Block& block;
+    int vectors, channels;
+    WeightsPanel panel;
+    WeightsPrefetch next_dense, next_checked;
+  };
+
+  void walk(const Step& step, const ItemScratch& scratch) const {
+    table_.walk[step.group.rows.taps][step.group.columns.taps][log2_of(step.vectors)](
+        {.values = scratch.values,
+         .value_pitch = line(),
+         .masks = scratch.masks,
+         .words = static_cast<int>(ceil_div(scratch.checked[0].count, 64)),
+         .lists = scratch.lists,
+         .list_pitch = list_pitch(),
+         .counts = scratch.counts,
+         .kind = step.part.lists,
+         .other_values = other_values(),
+         .other_list = other_list(),
+         .take = plan_.take,
+         .channels = step.channels,
+         .together = step.part.together,
+         .dense = scratch.copy,
+         .tap_row = step.part.pitch,
+         .panel = step.panel,
+         .next = {step.next_dense, step.next_checked}});
+  }
+
+  // `groups`: the checked pixels have not been grouped for steps as wide as this one.
+  void tile(const Step& step, bool groups, const ItemScratch& scratch) const {
+    const int choice = log2_of(step.vectors);
+    const PixelTable& checked = scratch.checked[0];
+    const ptrdiff_t group_pitch = checked.count * table_.tile_channels[choice] + 2 * kLinePad;
+    if (groups) {
+      table_.group[dtype_][choice]({.pixels = checked.pixels,
+                                    .count = checked.count,
+                                    .channels = step.channels,
+                                    .values = scratch.values,
+                                    .group_pitch = group_pitch});
+    }
+    const TapAxis &rows = step.group.rows, &columns = step.group.columns;
+    const Block& block = step.block;
+    table_.tile[choice]({.values = scratch.values,
+                         .group_pitch = group_pitch,
+                         .channels = step.channels,
+                         .images = static_cast<int>(block.images),
+                         .rows = static_cast<int>(block.rows),
+                         .columns = static_cast<int>(block.columns),
+                         .dense = scratch.copy,
+                         .image_pitch = step.part.image_rows * step.part.pitch,
+                         .pitch = step.part.pitch,
+                         .tap_rows = rows.taps,
+                         .tap_columns = columns.taps,
+                         .tap_row = step.part.pitch,
+                         .row_begin = clamped(-block.row - rows.offset),
+                         .row_end = clamped(rows.count - block.row - rows.offset),
+                         .column_begin = clamped(-block.column - columns.offset),
+                         .column_end = clamped(columns.count - block.column - columns.offset),
+                         .panel = step.panel,
+                         .next = {step.next_dense, step.next_checked}});
   }
 
   // The pixels of a block of the checked operand: for masks position by position; one by one for lists of packed
@@ -441,16 +482,36 @@ class WeightsRun {
     const PixelTable& table = scratch.checked[0];
     const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
     if (packed(part)) {
-      return table_.pack_lists[dtype_]({table.pixels, table.positions, static_cast<int>(table.count), channels,
-                                        part.lists == WeightsLists::kNeighbours, scratch.values, line(), scratch.lists,
-                                        list_pitch(), other_values(), other_list(), scratch.counts, lines_apart()});
+      return table_.pack_lists[dtype_]({.pixels = table.pixels,
+                                        .positions = table.positions,
+                                        .count = static_cast<int>(table.count),
+                                        .channels = channels,
+                                        .neighbours = part.lists == WeightsLists::kNeighbours,
+                                        .values = scratch.values,
+                                        .value_pitch = line(),
+                                        .lists = scratch.lists,
+                                        .list_pitch = list_pitch(),
+                                        .other_values = other_values(),
+                                        .other_list = other_list(),
+                                        .counts = scratch.counts,
+                                        .apart = lines_apart()});
     }
-    const int64_t nonzeros =
-        table_.pack[dtype_]({table.pixels, 64 * words, channels, scratch.values, line(), scratch.masks});
+    const int64_t nonzeros = table_.pack[dtype_]({.pixels = table.pixels,
+                                                  .positions = 64 * words,
+                                                  .channels = channels,
+                                                  .values = scratch.values,
+                                                  .value_pitch = line(),
+                                                  .masks = scratch.masks});
     std::fill_n(scratch.masks + channels * words, (kMaxTogether - 1) * words, 0);  // completes the last set
     if (part.lists == WeightsLists::kChannels) {
-      table_.list({scratch.masks, words, channels, part.together, scratch.positions, scratch.lists, list_pitch(),
-                   scratch.counts});
+      table_.list({.masks = scratch.masks,
+                   .words = words,
+                   .channels = channels,
+                   .together = part.together,
+                   .positions = scratch.positions,
+                   .lists = scratch.lists,
+                   .list_pitch = list_pitch(),
+                   .counts = scratch.counts});
     }
     return nonzeros;
   }
@@ -467,15 +528,15 @@ class WeightsRun {
     const ConvShape& s = plan_.shape;
     const TapPlace& place = group.place;
     float* out = to_drhs ? static_cast<float*>(drhs_at(group, item.channel, item.feature + first)) : nullptr;
-    return {sums + place.first * width,
-            place.taps * width,
-            place.columns * width,
-            first_block,
-            out,
-            s.k,
-            group.rows.tap_step * s.s * s.c * s.k,
-            group.columns.tap_step * s.c * s.k,
-            features};
+    return {.sums = sums + place.first * width,
+            .channel = place.taps * width,
+            .row = place.columns * width,
+            .first = first_block,
+            .out = out,
+            .out_channel = s.k,
+            .out_row = group.rows.tap_step * s.s * s.c * s.k,
+            .out_column = group.columns.tap_step * s.c * s.k,
+            .out_features = features};
   }
 
   // Moves the sums of channels begin..end of an item to drhs.
@@ -494,9 +555,20 @@ class WeightsRun {
               Tensor{drhs_at(group, item.channel + begin, item.feature + first), drhs_.dtype}.at(tap * s.c * s.k);
           const int out = index_of(drhs_.dtype);
           if (plan_.lhs_checked) {
-            kernels().data.finish[out][out]({from, taps * width, end - begin, features, to, s.k, nullptr});
+            kernels().data.finish[out][out]({.sums = from,
+                                             .pitch = taps * width,
+                                             .rows = end - begin,
+                                             .features = features,
+                                             .out = to,
+                                             .out_pitch = s.k,
+                                             .keep = nullptr});
           } else {
-            table_.transpose[out]({from, taps * width, static_cast<int>(end - begin), features, to, s.k});
+            table_.transpose[out]({.sums = from,
+                                   .channel_pitch = taps * width,
+                                   .channels = static_cast<int>(end - begin),
+                                   .features = features,
+                                   .out = to,
+                                   .out_pitch = s.k});
           }
         }
       });
