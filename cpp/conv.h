@@ -1,4 +1,4 @@
-// The contract of the three operations: shapes, layouts, modes, and what skipping a zero means.
+// The contract of the four operations: shapes, layouts, modes, and what skipping a zero means.
 //
 //   conv_fwd          out[n,y,x,k]  = sum_{r,s,c} lhs[n, y*stride_h+r-pad_top, x*stride_w+s-pad_left, c] * rhs[r,s,c,k]
 //   conv_bwd_input    dlhs = the transpose of conv_fwd in lhs, applied to g (the gradient of out)
@@ -15,9 +15,10 @@
 //
 // The *checked* operand is the one whose zeros are skipped: lhs in FWD, g in BWI, either in BWW.
 // A skipped zero (+0.0, -0.0 or, under flush-to-zero, a subnormal) does not meet the other operand, so 0 * Inf and
-// 0 * NaN count as 0 where it is skipped and as NaN where it is not. NaN and Inf in the checked operand are never
-// skipped. Apart from that, skipping changes the order of summation only, and the order depends on the shapes, the
-// ISA and the values' zero pattern, never on the number of threads.
+// 0 * NaN count as 0 where it is skipped and as NaN where it is not. So do zeros beyond an image: padding of lhs, and
+// what lies beyond g in the gradients. NaN and Inf in the checked operand are never skipped. Apart from that, skipping
+// changes the order of summation only, and the order depends on the shapes, the ISA and the values' zero pattern, never
+// on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,26 @@ struct ConvShape {
   int64_t lhs_size() const { return n * h * w * c; }
   int64_t rhs_size() const { return r * s * c * k; }
   int64_t out_size() const { return n * oh * ow * k; }
+
+  // A 1x1 kernel at stride 1 without padding does not see where a pixel lies.
+  bool pixelwise() const {
+    return r == 1 && s == 1 && stride_h == 1 && stride_w == 1 && oh == h && ow == w && pad_top == 0 && pad_left == 0;
+  }
+  // The same with all pixels in one long row, if it is pixelwise; else itself.
+  ConvShape flattened() const {
+    ConvShape flat = *this;
+    if (!pixelwise()) return flat;
+    flat.w = flat.ow = n * h * w;
+    flat.n = flat.h = flat.oh = 1;
+    return flat;
+  }
 };
+
+// Pixels of out along an axis with so many pixels and taps; 0 where the kernel is larger than the padded axis.
+inline int64_t out_pixels(int64_t size, int64_t pad_low, int64_t pad_high, int64_t taps, int64_t stride) {
+  const int64_t span = size + pad_low + pad_high - taps;
+  return span < 0 ? 0 : span / stride + 1;
+}
 
 enum class Mode : int64_t {
   kAuto = 0,    // measure the zeros of this call, choose

@@ -58,9 +58,8 @@ ffi::Error make_shape(const char* op, Geometry geometry, ffi::Span<const int64_t
   if (lhs[0] != out[0]) {
     return fail("lhs has " + std::to_string(lhs[0]) + " images, out has " + std::to_string(out[0]));
   }
-  const int64_t span_h = shape->h + geometry[2] + geometry[3] - shape->r;
-  const int64_t span_w = shape->w + geometry[4] + geometry[5] - shape->s;
-  const int64_t oh = span_h < 0 ? 0 : span_h / sh + 1, ow = span_w < 0 ? 0 : span_w / sw + 1;
+  const int64_t oh = out_pixels(shape->h, geometry[2], geometry[3], shape->r, sh);
+  const int64_t ow = out_pixels(shape->w, geometry[4], geometry[5], shape->s, sw);
   if (out[1] != oh || out[2] != ow) {
     return fail("the geometry gives an output of " + std::to_string(oh) + "x" + std::to_string(ow) + ", out is " +
                 std::to_string(out[1]) + "x" + std::to_string(out[2]));

@@ -5,7 +5,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +17,7 @@
 #include "conv.h"
 #include "handlers.h"
 #include "isa.h"
+#include "plan.h"
 #include "plan_data.h"
 #include "plan_masked.h"
 #include "plan_weights.h"
@@ -33,33 +36,50 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
   if (dims.size() != 7) throw std::invalid_argument("dims must be [N, H, W, C, K, R, S]");
   if (threads < 1) throw std::invalid_argument("plan: threads must be positive");
   if (geometry.size() != 6) throw std::invalid_argument("geometry must have 6 numbers");
-  const int64_t sh = geometry[0], sw = geometry[1];
-  ConvShape shape{dims[0], dims[1], dims[2], dims[3], dims[5],     dims[6],    dims[4],
-                  0,       0,       sh,      sw,      geometry[2], geometry[4]};
-  shape.oh = (shape.h + geometry[2] + geometry[3] - shape.r) / sh + 1;
-  shape.ow = (shape.w + geometry[4] + geometry[5] - shape.s) / sw + 1;
-  for (const int64_t x : {shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.oh, shape.ow, sh, sw}) {
-    if (x < 1) throw std::invalid_argument("plan: every dimension and stride must be positive");
+  ConvShape shape{.n = dims[0],
+                  .h = dims[1],
+                  .w = dims[2],
+                  .c = dims[3],
+                  .r = dims[5],
+                  .s = dims[6],
+                  .k = dims[4],
+                  .oh = 0,
+                  .ow = 0,
+                  .stride_h = geometry[0],
+                  .stride_w = geometry[1],
+                  .pad_top = geometry[2],
+                  .pad_left = geometry[4]};
+  const auto all_positive = [](std::initializer_list<int64_t> values) {
+    return std::all_of(values.begin(), values.end(), [](int64_t x) { return x > 0; });
+  };
+  bool positive =
+      all_positive({shape.n, shape.h, shape.w, shape.c, shape.k, shape.r, shape.s, shape.stride_h, shape.stride_w});
+  if (positive) {
+    shape.oh = out_pixels(shape.h, geometry[2], geometry[3], shape.r, shape.stride_h);
+    shape.ow = out_pixels(shape.w, geometry[4], geometry[5], shape.s, shape.stride_w);
+    positive = all_positive({shape.oh, shape.ow});
   }
+  if (!positive) throw std::invalid_argument("plan: every dimension, of the result too, and stride must be positive");
   Machine machine = sparsetrain::machine();
   machine.fmas = fmas.value_or(machine.fmas);
   if (machine.fmas != 1 && machine.fmas != 2) throw std::invalid_argument("plan: fmas must be 1 or 2");
   const Kernels& k = kernels();
-  std::vector<std::pair<std::string, std::string>> pairs;
+  const PlanMachine plan_machine{machine, k.lanes, k.registers, threads};
+  Description description;
   if (component == "fwd") {
-    pairs = describe(plan_data(DataOp::kFwd, shape, Mode::kAuto, DType::kF32, density, machine, k));
+    description = describe_data(DataOp::kFwd, shape, density, machine, k);
   } else if (component == "bwd_input") {
-    pairs = describe(plan_data(DataOp::kBwdInput, shape, Mode::kAuto, DType::kF32, density, machine, k));
+    description = describe_data(DataOp::kBwdInput, shape, density, machine, k);
   } else if (component == "bwd_weights") {
-    pairs = describe_weights_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, threads});
+    description = describe_weights(shape, Densities{density, 1}, plan_machine);
   } else if (component == "bwd_input_masked") {
-    pairs = describe_masked_plan(shape, Mode::kAuto, Densities{density, 1}, {machine, k.lanes, k.registers, threads});
+    description = describe_masked(shape, Densities{density, 1}, plan_machine);
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }
   // Measured 0.24 to 0.67 of XLA's own vector code up to half zeros, whatever the shape.
-  if (&k == &kKernelsPortable) pairs.emplace_back("lax", "the portable kernels lose to XLA's own convolution");
-  return {pairs.begin(), pairs.end()};
+  if (&k == &kKernelsPortable) description.add("lax", "the portable kernels lose to XLA's own convolution");
+  return description.lines();
 }
 
 DType dtype_named(const std::string& name) {
@@ -92,7 +112,7 @@ double density_of(const std::string& dtype, const nb::bytes& values) {
   const ConstTensor tensor{values.data(), dtype_named(dtype)};
   const int64_t count = static_cast<int64_t>(values.size()) / tensor.size();
   if (count < 1) throw std::invalid_argument("density: no values");
-  return density(tensor, count);
+  return density(kernels(), tensor, count);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -55,7 +56,7 @@ struct Gang {
 };
 
 struct FreeList {
-  static constexpr size_t kMaxBlocks = 8;
+  static constexpr size_t kMaxBlocks = 8, kMaxBytes = size_t{1} << 28;
   struct Block {
     void* data;
     size_t bytes;
@@ -77,7 +78,12 @@ void run_phases(Executor& executor, std::vector<Phase> phases) {
   for (const Phase& phase : phases) widest = std::max(widest, phase.items);
   auto gang = std::make_shared<Gang>(std::move(phases));
   const int64_t helpers = std::min<int64_t>(executor.concurrency(), widest) - 1;
-  for (int64_t i = 0; i < helpers; ++i) executor.schedule([gang] { gang->work(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) executor.schedule([gang] { gang->work(); });
+  } catch (...) {
+    // Fewer helpers do as well. Those that were scheduled use what the caller holds: it must not leave before all is
+    // done.
+  }
   gang->work();
   if (gang->failed.load()) std::rethrow_exception(gang->error);
 }
@@ -128,18 +134,16 @@ SharedBuffer::SharedBuffer(size_t bytes) : data_(nullptr), bytes_(bytes) {
 }
 
 SharedBuffer::~SharedBuffer() {
-  void* evicted = data_;
   FreeList& list = free_list();
-  {
-    std::lock_guard<std::mutex> lock(list.mutex);
-    list.blocks.push_back({data_, bytes_});
-    evicted = nullptr;
-    if (list.blocks.size() > FreeList::kMaxBlocks) {
-      evicted = list.blocks.front().data;
-      list.blocks.erase(list.blocks.begin());
-    }
+  std::lock_guard<std::mutex> lock(list.mutex);
+  list.blocks.push_back({data_, bytes_});
+  size_t bytes = 0;
+  for (const FreeList::Block& block : list.blocks) bytes += block.bytes;
+  while (list.blocks.size() > FreeList::kMaxBlocks || bytes > FreeList::kMaxBytes) {
+    bytes -= list.blocks.front().bytes;
+    std::free(list.blocks.front().data);
+    list.blocks.erase(list.blocks.begin());
   }
-  std::free(evicted);
 }
 
 }  // namespace sparsetrain

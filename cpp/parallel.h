@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <vector>
 
 namespace sparsetrain {
@@ -68,7 +67,8 @@ class Scratch {
 };
 
 // A block shared by the threads of one call (a packed kernel, partial sums), taken from and given back to a small
-// process-wide free list, so that a training step does not map and fault the same pages again at every call.
+// process-wide free list (eight blocks, 256 MiB at most), so that a training step does not map and fault the same pages
+// again at every call.
 class SharedBuffer {
  public:
   explicit SharedBuffer(size_t bytes);

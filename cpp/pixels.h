@@ -39,6 +39,30 @@ struct TapAxis {
   int64_t offset;              // pixel u of the class and tap j meet sub-image pixel u + j + offset
 };
 
+// A class of pixels of lhs along one axis, and the taps that they meet.
+struct AxisClass {
+  PixelAxis pixels;
+  TapAxis taps;
+};
+
+inline int64_t strided_count(int64_t size, int64_t start, int64_t step) {
+  return start < size ? ceil_div(size - start, step) : 0;
+}
+
+// Pixels phase, phase + stride, ..., for each phase, none perhaps, and the taps that they meet, none perhaps, in the
+// order in which these meet ascending pixels of out.
+inline std::vector<AxisClass> split_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  std::vector<AxisClass> classes;
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
+    const int64_t taps = residue < kernel ? ceil_div(kernel - residue, stride) : 0;
+    const int64_t last = residue + (taps - 1) * stride;
+    classes.push_back({{phase, stride, strided_count(size, phase, stride)},
+                       {last, -stride, static_cast<int>(taps), 0, 1, out_size, (phase + pad - last) / stride}});
+  }
+  return classes;
+}
+
 // Cuts a run of taps into `pieces` of nearly equal length.
 inline std::vector<TapAxis> cut(const TapAxis& axis, int pieces) {
   std::vector<TapAxis> parts;

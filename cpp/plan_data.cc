@@ -376,20 +376,19 @@ std::pair<int64_t, int64_t> DataPlan::input_rows(int64_t y0, int64_t y1) const {
   return {begin, std::clamp<int64_t>(end, begin, in_rows)};
 }
 
-DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
+DataPlan plan_data(DataOp op, const ConvShape& given, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels) {
   DataPlan plan{};
   plan.op = op;
   const bool fwd = op == DataOp::kFwd;
-  const bool flat = shape.r == 1 && shape.s == 1 && shape.stride_h == 1 && shape.stride_w == 1 && shape.pad_top == 0 &&
-                    shape.pad_left == 0 && shape.oh == shape.h && shape.ow == shape.w;
-  plan.images = flat ? 1 : shape.n;
-  plan.in_rows = flat ? 1 : fwd ? shape.h : shape.oh;
-  plan.in_columns = flat ? shape.n * shape.h * shape.w : fwd ? shape.w : shape.ow;
+  const ConvShape shape = given.flattened();
+  plan.images = shape.n;
+  plan.in_rows = fwd ? shape.h : shape.oh;
+  plan.in_columns = fwd ? shape.w : shape.ow;
   plan.channels = fwd ? shape.c : shape.k;
   plan.in_channels = plan.channels;
-  plan.out_rows = flat ? 1 : fwd ? shape.oh : shape.h;
-  plan.out_columns = flat ? plan.in_columns : fwd ? shape.ow : shape.w;
+  plan.out_rows = fwd ? shape.oh : shape.h;
+  plan.out_columns = fwd ? shape.ow : shape.w;
   plan.features = fwd ? shape.k : shape.c;
   plan.kernel_rows = shape.r;
   plan.kernel_columns = shape.s;
@@ -431,32 +430,36 @@ DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, do
   return plan;
 }
 
-std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan) {
-  std::vector<std::pair<std::string, std::string>> out;
-  const auto add = [&out](const char* key, auto value) { out.emplace_back(key, std::to_string(value)); };
-  if (plan.op == DataOp::kBwdInput && plan.features < 8 && plan.kernel_rows * plan.kernel_columns > 1) {
-    out.emplace_back("lax", "few input features leave most lanes of a vector idle");
+Description describe_data(DataOp op, const ConvShape& shape, double density, const Machine& machine,
+                          const Kernels& kernels) {
+  const auto plan_of = [&](double d) { return plan_data(op, shape, Mode::kAuto, DType::kF32, d, machine, kernels); };
+  const DataPlan plan = plan_of(density);
+  Description out;
+  if (op == DataOp::kBwdInput && plan.features < 8 && plan.kernel_rows * plan.kernel_columns > 1) {
+    out.add("lax", "few input features leave most lanes of a vector idle");
   }
   size_t strands = 0;
   for (const ColumnClass& c : plan.classes) strands += c.strands.size();
-  add("folded", plan.fold > 0);
-  add("column_classes", plan.classes.size());
-  add("strands", strands);
-  add("taps", widest_strand(plan));
-  add("feature_vectors", plan.vectors);
-  add("last_feature_vectors", plan.last_vectors);
-  add("feature_blocks", plan.blocks);
-  add("channel_block", plan.channel_block);
-  add("tile_rows", plan.tile_rows);
-  add("tile_columns", plan.tile_columns);
-  add("tiles", plan.tiles());
-  add("shares", plan.shares(2));
-  add("copy", plan.copy);
-  add("packs", plan.packs);
-  add("stream", plan.stream);
-  add("serial", plan.serial);
-  add("dense_density", plan.dense_density);
-  add("pair_density", plan.pair_density);
+  out.add("path", density < plan.dense_density ? "sparse" : "dense");
+  out.add("folded", plan.fold > 0);
+  out.add("column_classes", plan.classes.size());
+  out.add("strands", strands);
+  out.add("taps", widest_strand(plan));
+  out.add("feature_vectors", plan.vectors);
+  out.add("last_feature_vectors", plan.last_vectors);
+  out.add("feature_blocks", plan.blocks);
+  out.add("channel_block", plan.channel_block);
+  out.add("tile_rows", plan.tile_rows);
+  out.add("tile_columns", plan.tile_columns);
+  out.add("tiles", plan.tiles());
+  out.add("shares_of_two_threads", plan.shares(2));
+  out.add("copy", plan.copy);
+  out.add("packs", plan.packs);
+  out.add("stream", plan.stream);
+  out.add("serial", plan.serial);
+  out.add("dense_density", plan.dense_density);
+  out.add("pair_density", plan.pair_density);
+  out.add("break_even_density", break_even([&](double d) { return d < plan_of(d).dense_density; }));
   return out;
 }
 

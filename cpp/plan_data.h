@@ -28,13 +28,13 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "conv.h"
 #include "isa.h"
 #include "pixels.h"
+#include "plan.h"
 
 namespace sparsetrain {
 
@@ -106,8 +106,8 @@ struct DataPlan {
 DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels);
 
-// Key and value pairs for explain and tests. The key "lax", when there, holds the reason why XLA's own convolution
-// beats both paths for this shape, whatever the values; mode "auto" then takes that one.
-std::vector<std::pair<std::string, std::string>> describe(const DataPlan& plan);
+// What plan_data would do with float32 in mode auto.
+Description describe_data(DataOp op, const ConvShape& shape, double density, const Machine& machine,
+                          const Kernels& kernels);
 
 }  // namespace sparsetrain

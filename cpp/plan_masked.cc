@@ -40,7 +40,7 @@ struct Costs {
   double point_steps;    // as many times all that where there are several steps, whatever their width
 };
 
-Costs costs_of(const WeightsMachine& machine) {
+Costs costs_of(const PlanMachine& machine) {
   if (machine.single_fma())
     return {
         .product = 1.12,
@@ -76,29 +76,10 @@ Costs costs_of(const WeightsMachine& machine) {
   };
 }
 
-// A class along one axis: pixels phase, phase + stride, ... and the taps that they meet, in the order in which these
-// meet ascending pixels of g.
-struct AxisClass {
-  PixelAxis pixels;
-  TapAxis taps;
-};
-
-std::vector<AxisClass> split_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
-  std::vector<AxisClass> classes;
-  for (int64_t phase = 0; phase < std::min(stride, size); ++phase) {
-    const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
-    const int64_t taps = residue < kernel ? ceil_div(kernel - residue, stride) : 0;
-    const int64_t last = residue + (taps - 1) * stride;
-    classes.push_back({{phase, stride, ceil_div(size - phase, stride)},
-                       {last, -stride, static_cast<int>(taps), 0, 1, out_size, (phase + pad - last) / stride}});
-  }
-  return classes;
-}
-
 std::vector<TapAxis> cut(const TapAxis& axis) { return cut(axis, (axis.taps + kMaskedTaps - 1) / kMaskedTaps); }
 
 // The narrowest step for `left` features, or the widest there is. Half the widest exists.
-int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const WeightsMachine& machine) {
+int step_width(const TapAxis& rows, const TapAxis& columns, int64_t left, const PlanMachine& machine) {
   int widest = 1 << (kMaskedVectorChoices - 1);
   while (!masked_offered(rows.taps, columns.taps, widest, machine.registers)) widest /= 2;
   while (widest > 1 && widest / 2 * machine.lanes >= left &&
@@ -117,7 +98,7 @@ void add_step(const TapAxis& rows, const TapAxis& columns, int64_t first, int ve
   plan.filter_floats += plan.shape.c * channel;
 }
 
-void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine& machine, MaskedPlan& plan,
+void add_steps(const TapAxis& rows, const TapAxis& columns, const PlanMachine& machine, MaskedPlan& plan,
                MaskedClass& cls) {
   for (int64_t first = 0; first < plan.shape.k; first += cls.steps.back().features) {
     add_step(rows, columns, first, step_width(rows, columns, plan.shape.k - first, machine), plan, cls);
@@ -126,7 +107,7 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const WeightsMachine
 
 // Channels whose filters stay near with this many vectors of features. Few non-zeros ask for few of them in turn: then
 // longer lists are worth a block that is larger than L1, and where there is one multiply-add a cycle they always are.
-int64_t filter_block(int64_t channels, int vectors, double density, const WeightsMachine& machine) {
+int64_t filter_block(int64_t channels, int vectors, double density, const PlanMachine& machine) {
   const bool large = density < kFew || machine.single_fma();
   const int64_t fits = machine.caches.l1_bytes * (large ? 14 : 7) / 10 / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
@@ -134,7 +115,7 @@ int64_t filter_block(int64_t channels, int vectors, double density, const Weight
 }
 
 // Of a point of x, with steps of this many vectors. Leaves out point_steps, by which no width would be better.
-double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const WeightsMachine& machine) {
+double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const PlanMachine& machine) {
   const Costs costs = costs_of(machine);
   const double channels = static_cast<double>(shape.c);
   const int64_t blocks = ceil_div(shape.c, filter_block(shape.c, vectors, density, machine));
@@ -145,7 +126,7 @@ double point_cost(const ConvShape& shape, int64_t steps, int vectors, double den
          costs.point_once + costs.point_element * channels;
 }
 
-void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density, const WeightsMachine& machine,
+void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density, const PlanMachine& machine,
                      MaskedPlan& plan, MaskedClass& cls) {
   const int64_t needed = ceil_div(plan.shape.k, plan.lanes);
   int64_t best_steps = 0;
@@ -169,7 +150,8 @@ void add_point_steps(const TapAxis& rows, const TapAxis& columns, double density
 void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   const int64_t height = cls.rows.count, width = cls.columns.count;
   int64_t fewest = 0;
-  for (int64_t pieces = 1; pieces <= width; ++pieces) {
+  // Fewer pieces have more columns than fit.
+  for (int64_t pieces = std::max<int64_t>(1, width / budget); pieces <= width; ++pieces) {
     const int64_t columns = ceil_div(width, pieces);
     int64_t halo_columns = 0, halo_rows = 0,
             halo_images = 0;  // beyond a row, a block, an image
@@ -207,7 +189,7 @@ void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
 // Pixels of a block: of a product, so that its g stays in L1, or nearly where that was found to pay: for few non-zeros
 // or taps; of points, so that their lists and values and the g of this step and the next take a quarter of L2: the
 // filters that pass by need the rest.
-int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const WeightsMachine& machine) {
+int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const PlanMachine& machine) {
   int widest = 1, taps = 1;
   for (const MaskedStep& step : cls.steps) {
     widest = std::max(widest, step.vectors);
@@ -234,7 +216,7 @@ double multiply_adds(const MaskedPlan& plan, const MaskedClass& cls) {
   return pixels_of(plan, cls) * static_cast<double>(plan.shape.c) * vectors;
 }
 
-double product_cost(const MaskedPlan& plan, const MaskedClass& cls, double density, const WeightsMachine& machine) {
+double product_cost(const MaskedPlan& plan, const MaskedClass& cls, double density, const PlanMachine& machine) {
   const Costs costs = costs_of(machine);
   const double pixels = pixels_of(plan, cls), channels = static_cast<double>(plan.shape.c);
   const int64_t steps = static_cast<int64_t>(cls.steps.size());
@@ -252,7 +234,7 @@ double product_cost(const MaskedPlan& plan, const MaskedClass& cls, double densi
 
 // The pixels rows x columns of a class with the taps that any of them meets, or a few more.
 MaskedClass part_of(const MaskedClass& whole, const Part& rows, const Part& columns, const MaskedPlan& plan,
-                    double density, const WeightsMachine& machine) {
+                    double density, const PlanMachine& machine) {
   MaskedClass part = whole;
   part.rows = rows.of(whole.rows);
   part.columns = columns.of(whole.columns);
@@ -280,7 +262,7 @@ MaskedClass part_of(const MaskedClass& whole, const Part& rows, const Part& colu
 }
 
 // Adds a class of products to the plan, its borders cut off where the whole gains by it.
-void add_product(const MaskedClass& whole, double density, const WeightsMachine& machine, MaskedPlan& plan) {
+void add_product(const MaskedClass& whole, double density, const PlanMachine& machine, MaskedPlan& plan) {
   // Every block passes by all filters once more, which may have to come from L3.
   const bool far = 4 * plan.shape.rhs_size() > machine.caches.l2_bytes / 2;
   const double pass = far ? costs_of(machine).channel / 2 * static_cast<double>(plan.shape.c) : 0;
@@ -305,11 +287,14 @@ void add_product(const MaskedClass& whole, double density, const WeightsMachine&
 }
 
 // Returns the multiply-adds of the dense BWI, which has no idle lanes for features that do not fill a vector.
-double plan_product(double density, const WeightsMachine& machine, MaskedPlan& plan) {
+double plan_product(double density, const PlanMachine& machine, MaskedPlan& plan) {
   double dense = 0;
   const ConvShape& shape = plan.shape;
+  const std::vector<AxisClass> columns = split_axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left);
+  const std::vector<AxisClass> whole_rows = {{{0, 1, shape.w}, {}}};  // of rows that meet no tap: there may be many
   for (const AxisClass& row : split_axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top)) {
-    for (const AxisClass& column : split_axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left)) {
+    for (const AxisClass& column : row.taps.taps == 0 ? whole_rows : columns) {
+      if (row.pixels.count == 0 || column.pixels.count == 0) continue;
       MaskedClass cls{};
       cls.rows = row.pixels;
       cls.columns = column.pixels;
@@ -332,7 +317,7 @@ double plan_product(double density, const WeightsMachine& machine, MaskedPlan& p
 }
 
 // Channels of an item.
-void cut_channels(const WeightsMachine& machine, MaskedPlan& plan) {
+void cut_channels(const PlanMachine& machine, MaskedPlan& plan) {
   const ConvShape& shape = plan.shape;
   // Lists and values of an item, some six bytes for each pixel and channel, share L2 with filters that pass by.
   int64_t pixels = 1, blocks = 0;
@@ -352,7 +337,7 @@ void cut_channels(const WeightsMachine& machine, MaskedPlan& plan) {
 
 // What reading x for its zeros costs the ordinary BWI, per element: most where operands do not stay in the caches,
 // unless there is little to do for each of their lines.
-double zero_cost(const ConvShape& shape, const WeightsMachine& machine) {
+double zero_cost(const ConvShape& shape, const PlanMachine& machine) {
   constexpr double kNear = 0.25, kMuch = 8192;
   const double zero = costs_of(machine).zero;
   if (4 * (2 * shape.lhs_size() + shape.out_size()) < machine.caches.l3_bytes / 4) return kNear * zero;
@@ -360,7 +345,7 @@ double zero_cost(const ConvShape& shape, const WeightsMachine& machine) {
 }
 
 // `dense`: multiply-adds of the dense BWI.
-void estimate(const Densities& densities, const WeightsMachine& machine, double dense, MaskedPlan& plan) {
+void estimate(const Densities& densities, const PlanMachine& machine, double dense, MaskedPlan& plan) {
   const Costs costs = costs_of(machine);
   const ConvShape& shape = plan.shape;
   double product = 0, elements = 0;
@@ -382,15 +367,10 @@ void estimate(const Densities& densities, const WeightsMachine& machine, double 
 
 }  // namespace
 
-MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densities, const WeightsMachine& machine) {
+MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densities, const PlanMachine& machine) {
   MaskedPlan plan{};
-  ConvShape& shape = plan.shape;
-  shape = given;
-  if (shape.r == 1 && shape.s == 1 && shape.stride_h == 1 && shape.stride_w == 1 && shape.oh == shape.h &&
-      shape.ow == shape.w && shape.pad_top == 0 && shape.pad_left == 0) {
-    shape.w = shape.ow = shape.n * shape.h * shape.w;
-    shape.n = shape.h = shape.oh = 1;
-  }
+  plan.shape = given.flattened();
+  const ConvShape& shape = plan.shape;
   plan.lanes = machine.lanes;
   plan.stream = shape.c % plan.lanes == 0 && 4 * given.n * given.h * given.w * given.c > machine.caches.l3_bytes / 4;
   const double dense = plan_product(densities.lhs, machine, plan);
@@ -398,40 +378,31 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;
   plan.serial = too_small_for_threads(plan.product_cost, plan.filter_floats / plan.lanes);
   cut_channels(machine, plan);
-  plan.product = mode != Mode::kDense && plan.product_cost < costs_of(machine).margin * ordinary;
+  plan.product = plan.product_cost < costs_of(machine).margin * ordinary;
   plan.sparse = plan.product || mode == Mode::kSparse || (mode == Mode::kAuto && plan.g_cost < plan.dense_cost);
   return plan;
 }
 
-std::vector<std::pair<std::string, std::string>> describe_masked_plan(const ConvShape& shape, Mode mode,
-                                                                      const Densities& densities,
-                                                                      const WeightsMachine& machine) {
-  const MaskedPlan plan = plan_masked(shape, mode, densities, machine);
-  std::vector<std::pair<std::string, std::string>> lines;
-  const auto add = [&lines](const char* key, const std::string& value) { lines.emplace_back(key, value); };
-  const auto number = [](double value) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%.3g", value);
-    return std::string(text);
-  };
+Description describe_masked(const ConvShape& shape, const Densities& densities, const PlanMachine& machine) {
+  const MaskedPlan plan = plan_masked(shape, Mode::kAuto, densities, machine);
+  Description out;
   const MaskedClass& cls = plan.classes.front();
-  add("path", plan.product ? "product" : !plan.sparse ? "dense" : "g");
-  add("channel_block", std::to_string(plan.channel_block));
-  add("pixel_classes", std::to_string(plan.classes.size()));
-  add("pixel_block", std::to_string(cls.block_images) + "x" + std::to_string(cls.block_rows) + "x" +
-                         std::to_string(cls.block_columns));
-  add("steps", std::to_string(cls.steps.size()));
+  out.add("path", plan.product ? "product" : !plan.sparse ? "dense" : "g");
+  out.add("channel_block", plan.channel_block);
+  out.add("pixel_classes", plan.classes.size());
+  out.add_block("pixel_block", cls.block_images, cls.block_rows, cls.block_columns);
+  out.add("steps", cls.steps.size());
   if (!cls.steps.empty()) {
     const MaskedStep& step = cls.steps.front();
-    if (cls.points) add("filter_block", std::to_string(cls.filter_block));
-    add("step", std::to_string(step.rows.taps) + "x" + std::to_string(step.columns.taps) + "x" +
-                    std::to_string(step.vectors * plan.lanes));
+    if (cls.points) out.add("filter_block", cls.filter_block);
+    out.add("step", std::to_string(step.rows.taps) + "x" + std::to_string(step.columns.taps) + "x" +
+                        std::to_string(step.vectors * plan.lanes));
   }
-  add("serial", std::to_string(plan.serial));
-  add("product_cost", number(plan.product_cost));
-  add("g_cost", number(plan.g_cost));
-  add("dense_cost", number(plan.dense_cost));
-  return lines;
+  out.add("serial", plan.serial);
+  out.add("product_cost", plan.product_cost);
+  out.add("g_cost", plan.g_cost);
+  out.add("dense_cost", plan.dense_cost);
+  return out;
 }
 
 }  // namespace sparsetrain

@@ -19,14 +19,11 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "conv.h"
-#include "isa.h"
 #include "pixels.h"
-#include "plan_weights.h"
+#include "plan.h"
 
 namespace sparsetrain {
 
@@ -60,12 +57,10 @@ struct MaskedPlan {
   double product_cost, g_cost, dense_cost;  // estimates, in multiply-adds of a vector
 };
 
-// densities.lhs is that of x. The number of threads changes how work is cut, never a sum.
-MaskedPlan plan_masked(const ConvShape& shape, Mode mode, const Densities& densities, const WeightsMachine& machine);
+// `mode` is auto or sparse. densities.lhs is that of x. The number of threads changes how work is cut, never a sum.
+MaskedPlan plan_masked(const ConvShape& shape, Mode mode, const Densities& densities, const PlanMachine& machine);
 
-// What the plan would do, as pairs of name and printable value.
-std::vector<std::pair<std::string, std::string>> describe_masked_plan(const ConvShape& shape, Mode mode,
-                                                                      const Densities& densities,
-                                                                      const WeightsMachine& machine);
+// What plan_masked would do in mode auto.
+Description describe_masked(const ConvShape& shape, const Densities& densities, const PlanMachine& machine);
 
 }  // namespace sparsetrain

@@ -1,7 +1,6 @@
 #include "plan_weights.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -35,7 +34,7 @@ struct Costs {
   double element;           // of the checked operand: ends of lists, as far as they are not where expected
 };
 
-Costs costs_of(const WeightsMachine& machine) {
+Costs costs_of(const PlanMachine& machine) {
   if (machine.single_fma())
     return {
         .pack = 4,
@@ -65,30 +64,22 @@ Costs costs_of(const WeightsMachine& machine) {
   };
 }
 
-int64_t strided_count(int64_t size, int64_t start, int64_t step) {
-  return start < size ? ceil_div(size - start, step) : 0;
-}
-
 // A class along one axis: its checked pixels, and its taps (several runs when they meet different sub-images).
-struct AxisClass {
+struct CheckedAxis {
   PixelAxis pixels;
   std::vector<TapAxis> taps;
 };
 
-std::vector<AxisClass> lhs_checked_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
-  std::vector<AxisClass> classes;
-  for (int64_t phase = 0; phase < stride; ++phase) {
-    const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
-    if (residue >= kernel) continue;
-    const int64_t taps = ceil_div(kernel - residue, stride), last = residue + (taps - 1) * stride;
-    const TapAxis axis = {last, -stride, static_cast<int>(taps), 0, 1, out_size, (phase + pad - last) / stride};
-    classes.push_back({{phase, stride, strided_count(size, phase, stride)}, {axis}});
+std::vector<CheckedAxis> lhs_checked_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  std::vector<CheckedAxis> classes;
+  for (const AxisClass& axis : split_axis(size, out_size, kernel, stride, pad)) {
+    if (axis.taps.taps > 0) classes.push_back({axis.pixels, {axis.taps}});
   }
   return classes;
 }
 
-std::vector<AxisClass> g_checked_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
-  AxisClass all = {{0, 1, out_size}, {}};
+std::vector<CheckedAxis> g_checked_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  CheckedAxis all = {{0, 1, out_size}, {}};
   for (int64_t tap = 0; tap < std::min(stride, kernel); ++tap) {
     const int64_t offset = floor_div(tap - pad, stride), start = tap - pad - offset * stride;
     all.taps.push_back({tap, stride, static_cast<int>(ceil_div(kernel - tap, stride)), start, stride,
@@ -98,7 +89,7 @@ std::vector<AxisClass> g_checked_axis(int64_t size, int64_t out_size, int64_t ke
 }
 
 // The widest step for rows x columns taps: wide steps walk the masks less often, but pairs need twice the registers.
-int widest_step(int rows, int columns, int64_t features, const WeightsMachine& machine) {
+int widest_step(int rows, int columns, int64_t features, const PlanMachine& machine) {
   int widest = 1, paired = 0;
   for (int v = 1; v <= 8; v *= 2) {
     if (v > 1 && (v / 2) * machine.lanes >= features) break;
@@ -115,7 +106,7 @@ void add_group(const TapAxis& rows, const TapAxis& columns, int vectors, std::ve
 }
 
 void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double density, int64_t features,
-                const WeightsMachine& machine, std::vector<TapGroup>& groups) {
+                const PlanMachine& machine, std::vector<TapGroup>& groups) {
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
     const int vectors = features > 2 * lanes ? 4 : features > lanes ? 2 : 1;
@@ -141,7 +132,7 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
 }
 
 // What walks of a class read, and how many channels they take together.
-void choose_lists(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
+void choose_lists(const WeightsPlan& plan, double density, const PlanMachine& machine, PixelClass& cls) {
   // Cuts of channels are coarser for three, and few channels need none only where pixels are cut instead.
   const bool many_pixels = plan.shape.n * plan.shape.h * plan.shape.w >= 8 * kChunkPixels;
   bool twos = false, threes = plan.channels >= (many_pixels ? 4 : 12) * plan.lanes;
@@ -199,7 +190,7 @@ void block_by(const WeightsPlan& plan, int64_t columns, int64_t budget, int64_t 
   cls.blocks[2] = ceil_div(cls.columns.count, cls.block_columns);
 }
 
-void block_pixels(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
+void block_pixels(const WeightsPlan& plan, double density, const PlanMachine& machine, PixelClass& cls) {
   int64_t bytes = 4 * machine.lanes, halo_rows = 0, taps = 0;
   for (const TapGroup& group : cls.groups) {
     bytes = std::max<int64_t>(bytes, 4 * machine.lanes * group.vectors);
@@ -255,7 +246,7 @@ PixelClass inner_of(const PixelClass& whole, const Part& rows, const Part& colum
 
 // The pixels rows x columns of a class with the taps that any of them meets, or a few more. No groups if there are
 // none.
-PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& columns, const WeightsMachine& machine) {
+PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& columns, const PlanMachine& machine) {
   PixelClass border{};
   border.lists = whole.lists;
   border.together = whole.together;
@@ -279,7 +270,7 @@ PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& colu
 
 // What walking a class costs, in multiply-adds for a vector of features. Fitted to classes with and without borders;
 // why lists of single columns cost more is not known.
-double walk_cost(const WeightsPlan& plan, double density, const WeightsMachine& machine, const PixelClass& cls) {
+double walk_cost(const WeightsPlan& plan, double density, const PlanMachine& machine, const PixelClass& cls) {
   constexpr double kMove = 2, kList = 40, kColumn = 100;  // a sum in and out; a list, of single columns
   const double copy = costs_of(machine).copy;
   const double channels = static_cast<double>(plan.channels);
@@ -298,7 +289,7 @@ double walk_cost(const WeightsPlan& plan, double density, const WeightsMachine& 
 }
 
 // Cuts borders off a class whose walks gain by it.
-void cut_borders(const WeightsPlan& plan, double density, const WeightsMachine& machine, PixelClass& cls) {
+void cut_borders(const WeightsPlan& plan, double density, const PlanMachine& machine, PixelClass& cls) {
   for (const TapGroup& group : cls.groups) {
     if (!walk_lists(group.rows.taps * group.columns.taps)) return;
   }
@@ -328,7 +319,7 @@ double met_share(const PixelAxis& pixels, const TapAxis& axis) {
 }
 
 // A tile of few taps and features loads about as much as it multiplies.
-double tile_cost(int64_t taps, int vectors, const WeightsMachine& machine) {
+double tile_cost(int64_t taps, int vectors, const PlanMachine& machine) {
   const double alone = machine.registers == 32 ? 1.25 : 1.45;  // every multiply-add loads
   const double loads = taps > 4 ? 1 : vectors == 1 ? alone : vectors == 2 ? 1.12 : 1.07;
   return costs_of(machine).tile * loads;
@@ -342,7 +333,7 @@ struct Estimate {
   double total() const { return multiply + pack + copy; }
 };
 
-Estimate estimate(const WeightsPlan& plan, double density, const WeightsMachine& machine) {
+Estimate estimate(const WeightsPlan& plan, double density, const PlanMachine& machine) {
   const Costs costs = costs_of(machine);
   Estimate cost;
   const auto add = [&](const PixelClass& cls) {
@@ -376,7 +367,7 @@ Estimate estimate(const WeightsPlan& plan, double density, const WeightsMachine&
 }
 
 WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, double density,
-                      const WeightsMachine& machine) {
+                      const PlanMachine& machine) {
   WeightsPlan plan{};
   plan.shape = shape;
   plan.lhs_checked = lhs_checked;
@@ -385,10 +376,10 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
   plan.channels = lhs_checked ? shape.c : shape.k;
   plan.features = lhs_checked ? shape.k : shape.c;
   const auto axis = lhs_checked ? lhs_checked_axis : g_checked_axis;
-  const std::vector<AxisClass> rows = axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top);
-  const std::vector<AxisClass> columns = axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left);
-  for (const AxisClass& row : rows) {
-    for (const AxisClass& column : columns) {
+  const std::vector<CheckedAxis> rows = axis(shape.h, shape.oh, shape.r, shape.stride_h, shape.pad_top);
+  const std::vector<CheckedAxis> columns = axis(shape.w, shape.ow, shape.s, shape.stride_w, shape.pad_left);
+  for (const CheckedAxis& row : rows) {
+    for (const CheckedAxis& column : columns) {
       PixelClass cls{};
       cls.together = 1;
       cls.rows = row.pixels;
@@ -430,7 +421,7 @@ double makespan(const WeightsPlan& plan, const Cut& cut, const Estimate& cost, i
 
 // Cuts drhs into items. The panel of an item (its sums between pixel blocks) and a packed pixel block should stay in
 // L2; every cut repeats packing (along features) or copying (along channels).
-void cut_items(const WeightsMachine& machine, const Estimate& cost, WeightsPlan& plan) {
+void cut_items(const PlanMachine& machine, const Estimate& cost, WeightsPlan& plan) {
   int64_t taps = 1, all_taps = 0, positions = 64, pixels = 0, blocks = 0, widest = 1;
   bool borders = false, threes = false;
   for (const PixelClass& cls : plan.classes) {
@@ -499,14 +490,10 @@ int step_vectors(int64_t left, int vectors, int lanes) {
   return vectors;
 }
 
-WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& densities, const WeightsMachine& machine) {
-  ConvShape shape = given;
+WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& densities, const PlanMachine& machine) {
+  ConvShape shape = given.flattened();
   Fold fold;
-  if (shape.r == 1 && shape.s == 1 && shape.stride_h == 1 && shape.stride_w == 1 && shape.oh == shape.h &&
-      shape.ow == shape.w && shape.pad_top == 0 && shape.pad_left == 0) {
-    shape.w = shape.ow = shape.n * shape.h * shape.w;
-    shape.n = shape.h = shape.oh = 1;
-  } else if (shape.s > 1 && shape.c <= kFoldChannels && shape.c * shape.s <= 8 * kFoldChannels) {
+  if (shape.s > 1 && shape.c <= kFoldChannels && shape.c * shape.s <= 8 * kFoldChannels) {
     fold = {shape.s, shape.stride_w, shape.pad_left, shape.w, shape.c};
     shape.c *= shape.s;
     shape.w = shape.ow;
@@ -533,54 +520,39 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   return best;
 }
 
-std::vector<std::pair<std::string, std::string>> describe_weights_plan(const ConvShape& shape, Mode mode,
-                                                                       const Densities& densities,
-                                                                       const WeightsMachine& machine) {
-  const WeightsPlan plan = plan_weights(shape, mode, densities, machine);
-  std::vector<std::pair<std::string, std::string>> lines;
-  const auto add = [&lines](const char* key, const std::string& value) { lines.emplace_back(key, value); };
-  const auto number = [](double value) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%.3g", value);
-    return std::string(text);
-  };
-  add("path", plan.sparse ? "sparse" : "dense");
-  add("checked", plan.lhs_checked ? "lhs" : "g");
-  add("folded_columns", std::to_string(plan.fold.taps));
-  add("channel_block", std::to_string(plan.channel_block));
-  add("feature_block", std::to_string(plan.feature_block));
-  add("serial", std::to_string(plan.serial));
-  add("chunks", std::to_string(plan.chunks));
-  add("items", std::to_string(plan.items()));
-  add("pixel_classes", std::to_string(plan.classes.size()));
+Description describe_weights(const ConvShape& shape, const Densities& densities, const PlanMachine& machine) {
+  const WeightsPlan plan = plan_weights(shape, Mode::kAuto, densities, machine);
+  Description out;
+  out.add("path", plan.sparse ? "sparse" : "dense");
+  out.add("checked", plan.lhs_checked ? "lhs" : "g");
+  out.add("folded_columns", plan.fold.taps);
+  out.add("channel_block", plan.channel_block);
+  out.add("feature_block", plan.feature_block);
+  out.add("serial", plan.serial);
+  out.add("chunks", plan.chunks);
+  out.add("items", plan.items());
+  out.add("pixel_classes", plan.classes.size());
   const PixelClass& cls = plan.classes.front();
   const char* lists[] = {"masks", "channels", "packed", "neighbours"};
-  add("lists", plan.sparse ? lists[static_cast<int>(cls.lists)] : "none");
-  add("together", std::to_string(cls.together));
-  add("borders", std::to_string(cls.borders.size()));
-  add("pixel_block", std::to_string(cls.block_images) + "x" + std::to_string(cls.block_rows) + "x" +
-                         std::to_string(cls.block_columns));
+  out.add("lists", plan.sparse ? lists[static_cast<int>(cls.lists)] : "none");
+  out.add("together", cls.together);
+  out.add("borders", cls.borders.size());
+  out.add_block("pixel_block", cls.block_images, cls.block_rows, cls.block_columns);
   std::string groups;
   for (const TapGroup& group : cls.groups) {
     if (!groups.empty()) groups += " ";
     groups += std::to_string(group.rows.taps) + "x" + std::to_string(group.columns.taps) + "x" +
               std::to_string(group.vectors * plan.lanes);
   }
-  add("tap_groups", groups);
-  // The density of the checked operand up to which walks cost less than tiles.
-  const auto sparse_cost = [&](double density) {
-    return plan_weights(shape, Mode::kSparse, plan.lhs_checked ? Densities{density, 1} : Densities{1, density}, machine)
-        .sparse_cost;
-  };
-  double below = sparse_cost(1) < plan.dense_cost ? 1 : 0, above = 1;
-  while (above - below > 1.0 / 4096) {
-    const double middle = (below + above) / 2;
-    (sparse_cost(middle) < plan.dense_cost ? below : above) = middle;
-  }
-  add("break_even_density", number(below));
-  add("sparse_cost", number(plan.sparse_cost));
-  add("dense_cost", number(plan.dense_cost));
-  return lines;
+  out.add("tap_groups", groups);
+  // Of the checked operand.
+  out.add("break_even_density", break_even([&](double d) {
+            const Densities tried = plan.lhs_checked ? Densities{d, 1} : Densities{1, d};
+            return plan_weights(shape, Mode::kSparse, tried, machine).sparse_cost < plan.dense_cost;
+          }));
+  out.add("sparse_cost", plan.sparse_cost);
+  out.add("dense_cost", plan.dense_cost);
+  return out;
 }
 
 }  // namespace sparsetrain

@@ -26,14 +26,12 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "conv.h"
-#include "isa.h"
 #include "kernels.h"
 #include "pixels.h"
+#include "plan.h"
 
 namespace sparsetrain {
 
@@ -66,11 +64,6 @@ struct PixelClass : PixelBlocks {
   }
 };
 
-// Densities (fraction of non-zeros) of the operands, measured or assumed.
-struct Densities {
-  double lhs = 1, g = 1;
-};
-
 // Few channels leave lanes idle. They are folded with the kernel's columns: pixel x of the folded lhs is the window of
 // `taps` pixels that out column x meets, taps * channels "channels" that lie side by side in NHWC, and drhs has them
 // side by side too. Nothing is copied but windows that reach into the padding.
@@ -98,22 +91,12 @@ struct WeightsPlan {
   int64_t items() const { return chunks * channel_blocks() * feature_blocks(); }
 };
 
-struct WeightsMachine {
-  Machine caches;
-  int lanes, registers;
-  int threads;  // changes how work is cut, never a sum
-
-  bool single_fma() const { return caches.single_fma(lanes); }
-};
-
-WeightsPlan plan_weights(const ConvShape& shape, Mode mode, const Densities& densities, const WeightsMachine& machine);
+WeightsPlan plan_weights(const ConvShape& shape, Mode mode, const Densities& densities, const PlanMachine& machine);
 
 // The vectors of the step that begins with `left` features to go, at most `vectors`: few lanes idle, few steps.
 int step_vectors(int64_t left, int vectors, int lanes);
 
-// What the plan would do, as pairs of name and printable value.
-std::vector<std::pair<std::string, std::string>> describe_weights_plan(const ConvShape& shape, Mode mode,
-                                                                       const Densities& densities,
-                                                                       const WeightsMachine& machine);
+// What plan_weights would do in mode auto.
+Description describe_weights(const ConvShape& shape, const Densities& densities, const PlanMachine& machine);
 
 }  // namespace sparsetrain

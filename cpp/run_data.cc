@@ -845,9 +845,8 @@ void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share shar
 }
 
 // `density` is that of the input.
-void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, ConstTensor input, ConstTensor rhs,
-               ConstTensor keep, Tensor result, Executor& executor) {
-  const Kernels& k = kernels();
+void conv_data(const Kernels& k, DataOp op, const ConvShape& shape, Mode mode, double density, ConstTensor input,
+               ConstTensor rhs, ConstTensor keep, Tensor result, Executor& executor) {
   const DataPlan plan = plan_data(op, shape, mode, input.dtype, density, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
@@ -896,12 +895,13 @@ void conv_data(DataOp op, const ConvShape& shape, Mode mode, double density, Con
 // The same with no mask on the result: measures the input's zeros first.
 void conv_measured(DataOp op, const ConvShape& shape, Mode mode, ConstTensor input, ConstTensor rhs, Tensor result,
                    Executor& executor) {
+  const Kernels& k = kernels();  // once: another may be set meanwhile
   const bool fwd = op == DataOp::kFwd;
   const int64_t input_size = fwd ? shape.lhs_size() : shape.out_size();
   const int64_t result_size = fwd ? shape.out_size() : shape.lhs_size();
-  const double sample = mode == Mode::kDense ? 1 : density(input, input_size);
-  if (zero_of_zeros(sample, input, input_size, result, result_size, executor)) return count_path(op, false);
-  conv_data(op, shape, mode, sample, input, rhs, {nullptr, input.dtype}, result, executor);
+  const double sample = mode == Mode::kDense ? 1 : density(k, input, input_size);
+  if (zero_of_zeros(k, sample, input, input_size, result, result_size, executor)) return count_path(op, false);
+  conv_data(k, op, shape, mode, sample, input, rhs, {nullptr, input.dtype}, result, executor);
 }
 
 }  // namespace
@@ -915,9 +915,9 @@ void conv_bwd_input(const ConvShape& shape, Mode mode, ConstTensor g, ConstTenso
   conv_measured(DataOp::kBwdInput, shape, mode, g, rhs, dlhs, executor);
 }
 
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, double density, ConstTensor g, ConstTensor rhs,
-                          ConstTensor x, Tensor dlhs, Executor& executor) {
-  conv_data(DataOp::kBwdInput, shape, mode, density, g, rhs, x, dlhs, executor);
+void conv_bwd_input_where(const Kernels& kernels, const ConvShape& shape, Mode mode, double density, ConstTensor g,
+                          ConstTensor rhs, ConstTensor x, Tensor dlhs, Executor& executor) {
+  conv_data(kernels, DataOp::kBwdInput, shape, mode, density, g, rhs, x, dlhs, executor);
 }
 
 }  // namespace sparsetrain

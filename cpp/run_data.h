@@ -2,11 +2,12 @@
 #pragma once
 
 #include "conv.h"
+#include "kernels.h"
 
 namespace sparsetrain {
 
 // `density` is that of g, as a sample says.
-void conv_bwd_input_where(const ConvShape& shape, Mode mode, double density, ConstTensor g, ConstTensor rhs,
-                          ConstTensor x, Tensor dlhs, Executor& executor);
+void conv_bwd_input_where(const Kernels& kernels, const ConvShape& shape, Mode mode, double density, ConstTensor g,
+                          ConstTensor rhs, ConstTensor x, Tensor dlhs, Executor& executor);
 
 }  // namespace sparsetrain

@@ -15,11 +15,11 @@ constexpr int64_t kPackChannels = 32;  // of the kernel, packed at a time
 
 class MaskedRun {
  public:
-  MaskedRun(const MaskedPlan& plan, int threads, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
-            float* filter)
+  MaskedRun(const MaskedPlan& plan, const Kernels& kernels, int threads, ConstTensor g, ConstTensor rhs, ConstTensor x,
+            Tensor dlhs, float* filter)
       : plan_(plan),
         threads_(threads),
-        kernels_(kernels()),
+        kernels_(kernels),
         g_(g),
         rhs_(rhs),
         x_(x),
@@ -334,19 +334,21 @@ class MaskedRun {
 
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
                            Tensor dlhs, Executor& executor) {
-  const Kernels& isa = kernels();
+  const Kernels& k = kernels();  // once: another may be set meanwhile
   Densities densities;
-  if (mode != Mode::kDense) {
-    densities.lhs = density(x, shape.lhs_size());
-    densities.g = density(g, shape.out_size());
+  if (mode == Mode::kDense) {
+    count("conv_bwd_input_masked/dense");
+    return conv_bwd_input_where(k, shape, mode, densities.g, g, rhs, x, dlhs, executor);
   }
-  if (zero_of_zeros(densities.lhs, x, shape.lhs_size(), dlhs, shape.lhs_size(), executor) ||
-      zero_of_zeros(densities.g, g, shape.out_size(), dlhs, shape.lhs_size(), executor)) {
+  densities.lhs = density(k, x, shape.lhs_size());
+  densities.g = density(k, g, shape.out_size());
+  if (zero_of_zeros(k, densities.lhs, x, shape.lhs_size(), dlhs, shape.lhs_size(), executor) ||
+      zero_of_zeros(k, densities.g, g, shape.out_size(), dlhs, shape.lhs_size(), executor)) {
     count("conv_bwd_input_masked/sparse");
     return;
   }
   const MaskedPlan plan =
-      plan_masked(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
+      plan_masked(shape, mode, densities, {machine(), k.lanes, k.registers, executor.concurrency()});
   count(plan.sparse ? "conv_bwd_input_masked/sparse" : "conv_bwd_input_masked/dense");
   if (!plan.product) {
     // In auto it may still skip, tile by tile. Dense sweeps zero as they write, where walks pass over their sums again:
@@ -354,12 +356,12 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
     constexpr double kFull = 0.97;
     const bool large = 4 * shape.lhs_size() > machine().l3_bytes / 4;
     const bool full = mode == Mode::kAuto && large && densities.g > kFull;
-    conv_bwd_input_where(shape, full ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
+    conv_bwd_input_where(k, shape, full ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
     return;
   }
   SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
   Executor& threads = helpers_unless(plan.serial, executor);
-  const MaskedRun run(plan, threads.concurrency(), g, rhs, x, dlhs, filter.as<float>());
+  const MaskedRun run(plan, k, threads.concurrency(), g, rhs, x, dlhs, filter.as<float>());
   run_phases(threads, {{run.packs(), [&run](int64_t index) { run.pack(index); }},
                        {run.items(), [&run](int64_t index) { run.run(index); }}});
 }

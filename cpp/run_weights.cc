@@ -127,8 +127,13 @@ struct ItemScratch {
 
 class WeightsRun {
  public:
-  WeightsRun(const WeightsPlan& plan, ConstTensor lhs, ConstTensor g, Tensor drhs)
-      : plan_(plan), table_(kernels().weights), drhs_(drhs), dtype_(index_of(lhs.dtype)), size_(lhs.size()) {
+  WeightsRun(const WeightsPlan& plan, const Kernels& kernels, ConstTensor lhs, ConstTensor g, Tensor drhs)
+      : plan_(plan),
+        kernels_(kernels),
+        table_(kernels.weights),
+        drhs_(drhs),
+        dtype_(index_of(lhs.dtype)),
+        size_(lhs.size()) {
     const ConvShape& s = plan.shape;
     const Image lhs_image = {lhs, s.h, s.w, s.c, plan.fold}, g_image = {g, s.oh, s.ow, s.k, {}};
     checked_ = plan.lhs_checked ? lhs_image : g_image;
@@ -555,13 +560,13 @@ class WeightsRun {
               Tensor{drhs_at(group, item.channel + begin, item.feature + first), drhs_.dtype}.at(tap * s.c * s.k);
           const int out = index_of(drhs_.dtype);
           if (plan_.lhs_checked) {
-            kernels().data.finish[out][out]({.sums = from,
-                                             .pitch = taps * width,
-                                             .rows = end - begin,
-                                             .features = features,
-                                             .out = to,
-                                             .out_pitch = s.k,
-                                             .keep = nullptr});
+            kernels_.data.finish[out][out]({.sums = from,
+                                            .pitch = taps * width,
+                                            .rows = end - begin,
+                                            .features = features,
+                                            .out = to,
+                                            .out_pitch = s.k,
+                                            .keep = nullptr});
           } else {
             table_.transpose[out]({.sums = from,
                                    .channel_pitch = taps * width,
@@ -576,6 +581,7 @@ class WeightsRun {
   }
 
   const WeightsPlan& plan_;
+  const Kernels& kernels_;
   const WeightsKernels& table_;
   Image checked_, dense_;
   Tensor drhs_;
@@ -590,21 +596,21 @@ class WeightsRun {
 
 void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor g, Tensor drhs,
                       Executor& executor) {
-  const Kernels& isa = kernels();
+  const Kernels& k = kernels();  // once: another may be set meanwhile
   Densities densities;
   if (mode != Mode::kDense) {
-    densities.lhs = density(lhs, shape.lhs_size());
-    densities.g = density(g, shape.out_size());
+    densities.lhs = density(k, lhs, shape.lhs_size());
+    densities.g = density(k, g, shape.out_size());
   }
-  if (zero_of_zeros(densities.lhs, lhs, shape.lhs_size(), drhs, shape.rhs_size(), executor) ||
-      zero_of_zeros(densities.g, g, shape.out_size(), drhs, shape.rhs_size(), executor)) {
+  if (zero_of_zeros(k, densities.lhs, lhs, shape.lhs_size(), drhs, shape.rhs_size(), executor) ||
+      zero_of_zeros(k, densities.g, g, shape.out_size(), drhs, shape.rhs_size(), executor)) {
     count("conv_bwd_weights/sparse");
     return;
   }
   const WeightsPlan plan =
-      plan_weights(shape, mode, densities, {machine(), isa.lanes, isa.registers, executor.concurrency()});
+      plan_weights(shape, mode, densities, {machine(), k.lanes, k.registers, executor.concurrency()});
   count(plan.sparse ? "conv_bwd_weights/sparse" : "conv_bwd_weights/dense");
-  const WeightsRun run(plan, lhs, g, drhs);
+  const WeightsRun run(plan, k, lhs, g, drhs);
   Executor& threads = helpers_unless(plan.serial, executor);
   if (plan.chunks == 1) {
     run_phases(threads, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});

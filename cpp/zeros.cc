@@ -5,14 +5,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "isa.h"
-
 namespace sparsetrain {
 
-double density(ConstTensor values, int64_t count) {
+double density(const Kernels& kernels, ConstTensor values, int64_t count) {
   constexpr int64_t kRun = 64, kRuns = 512, kTurns = 8, kGroups = kRuns / kTurns, kAhead = 8;
   constexpr double kError = 0.0075;
-  const auto count_nonzero = kernels().weights.count_nonzero[index_of(values.dtype)];
+  const auto count_nonzero = kernels.weights.count_nonzero[index_of(values.dtype)];
   if (count <= kRun * kRuns) {
     return static_cast<double>(count_nonzero(values.data, count)) / static_cast<double>(count);
   }
@@ -43,12 +41,12 @@ double density(ConstTensor values, int64_t count) {
   }
 }
 
-bool zero_of_zeros(double sample, ConstTensor operand, int64_t count, Tensor result, int64_t result_count,
-                   Executor& executor) {
+bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count, Tensor result,
+                   int64_t result_count, Executor& executor) {
   if (sample > 0) return false;
   constexpr int64_t kChunk = 1 << 14;
   const auto chunks = [](int64_t values) { return (values + kChunk - 1) / kChunk; };
-  const auto count_nonzero = kernels().weights.count_nonzero[index_of(operand.dtype)];
+  const auto count_nonzero = kernels.weights.count_nonzero[index_of(operand.dtype)];
   std::atomic<bool> all_zero{true};
   run_phases(executor, {{chunks(count),
                          [&](int64_t index) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "kernels.h"
 #include "parallel.h"
 
 namespace sparsetrain {
@@ -12,11 +13,11 @@ namespace sparsetrain {
 // alone and that a multiplicative hash spreads, so that no period of channels or rows is favoured. They go on until
 // they agree so far that the standard error of their mean is below .0075: 64 runs or 128 if zeros are spread evenly; at
 // most 512, and so many where none of them has a non-zero.
-double density(ConstTensor values, int64_t count);
+double density(const Kernels& kernels, ConstTensor values, int64_t count);
 
 // Of convolutions of an operand whose density, as measured, is `sample`: where that is nothing and indeed all its
 // `count` values are zero, sets the `result_count` values of the result to zero and returns true.
-bool zero_of_zeros(double sample, ConstTensor operand, int64_t count, Tensor result, int64_t result_count,
-                   Executor& executor);
+bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count, Tensor result,
+                   int64_t result_count, Executor& executor);
 
 }  // namespace sparsetrain

@@ -6,6 +6,7 @@ reason why ``jax.lax`` computes it.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -254,7 +255,8 @@ def sparse_conv(
     """Convolution, channels last, that skips the zeros of its input, and in its gradients those of either operand.
 
     Equal to ``jax.lax.conv_general_dilated`` with ``dimension_numbers=("NHWC", "HWIO", "NHWC")`` but for the order of
-    summation, and for zeros times Inf or NaN, which may count as 0 or as NaN. Subnormal numbers count as zero.
+    summation, and for zeros times Inf or NaN, which may count as 0 or as NaN. Subnormal numbers of float32 and bfloat16
+    count as zero.
 
     Differentiable in both modes and any nesting of them.
 
@@ -307,7 +309,6 @@ def _sparse_conv_call(
     feature_group_count: Any = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
-    relu_input: bool = False,
     mode: str = "auto",
 ) -> tuple[Any, Any, _Call]:
     """Checked operands and the call of :func:`sparse_conv`'s arguments."""
@@ -478,17 +479,14 @@ class Component:
     plan: Mapping[str, Any]
 
     def __str__(self) -> str:
-        details = ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.plan.items()
-        )
-        return f"{self.path}: {self.reason}" + (f" [{details}]" if details else "")
+        return f"{self.path:<6}  {self.reason}"
 
 
 class Explanation(dict[str, Component]):
     """``{"fwd": ..., "bwd_input": ..., "bwd_weights": ...}``; ``str()`` of it is a table."""
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<12} {component}" for name, component in self.items())
+        return "\n".join(f"{name:<11}  {component}" for name, component in self.items())
 
 
 def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: Any) -> Explanation:
@@ -508,7 +506,9 @@ def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: An
     """
     if density is not None and not 0 <= density <= 1:
         raise ValueError(f"density must be a fraction of non-zeros from 0 to 1, got {density}")
-    relu_input = bool(arguments.get("relu_input", False))
+    if unknown := arguments.keys() - inspect.signature(sparse_conv).parameters:
+        raise TypeError(f"explain takes the arguments of sparse_conv, got {', '.join(map(repr, sorted(unknown)))}")
+    relu_input = bool(arguments.pop("relu_input", False))
     return explain_call(*_sparse_conv_call(lhs, rhs, **arguments), density, relu_input)
 
 
@@ -531,16 +531,17 @@ def explain_call(
 def _explain_masked(spec: ConvSpec, dims: list[int], density: float | None) -> Component:
     """The input gradient under ``relu_input``, which has three ways to skip or not to skip."""
     plan = {**_work(spec, dims, density), **native.plan("bwd_input_masked", dims, spec.geometry, _or_half(density))}
+    exactly = "; exactly zero where lhs is zero"
     if spec.mode != "auto":
-        return Component(spec.mode, f"mode={spec.mode!r} was asked for; exactly zero where lhs is zero", plan)
+        return Component(spec.mode, f"mode={spec.mode!r} was asked for{exactly}", plan)
     if "lax" in plan:
-        return Component("lax", f"{plan.pop('lax')}; exactly zero where lhs is zero", plan)
+        return Component("lax", f"{plan.pop('lax')}{exactly}", plan)
     rule = (
         "each call measures the zeros of lhs and of the gradient of the output and takes the cheapest: only where lhs "
-        "is not zero, skipping the gradient's zeros, or dense; exactly zero where lhs is zero (plan shown: lhs of "
-        f"density {_or_half(density):.2f}, the gradient dense)"
+        f"is not zero, skipping the gradient's zeros, or dense{exactly} (here: lhs of density "
+        f"{_or_half(density):.2f}, the gradient dense)"
     )
-    return Component("dense" if plan.get("path") == "dense" else "sparse", rule, plan)
+    return Component("dense" if plan["path"] == "dense" else "sparse", rule, plan)
 
 
 def _or_half(density: float | None) -> float:
@@ -562,12 +563,11 @@ def _explain(name: str, spec: ConvSpec, dims: list[int], density: float | None) 
         return Component(spec.mode, f"mode={spec.mode!r} was asked for", plan)
     if "lax" in plan:
         return Component("lax", str(plan.pop("lax")), plan)
-    limit = float(plan.get("dense_density", plan.get("break_even_density", 1.0)))  # BWW's own name for it
+    limit = float(plan["break_even_density"])
     skipped = {"fwd": "lhs", "bwd_input": "the gradient of the output", "bwd_weights": "the cheaper operand"}[name]
-    rule = (
-        f"each call measures the zeros of {skipped} and runs sparse above a sparsity of {1 - limit:.2f} "
-        f"(density {limit:.2f}), dense below"
-    )
-    if density is None:
-        return Component("sparse" if limit > 0 else "dense", rule, plan)
-    return Component("sparse" if density < limit else "dense", f"density {density:.2f}: {rule}", plan)
+    if 0 < limit < 1:
+        rule = f"sparse above {100 * (1 - limit):.0f} % zeros, dense below"
+    else:
+        rule = "sparse, however few there are" if limit else "dense, however many there are"
+    path = plan["path"] if density is not None else "sparse" if limit > 0 else "dense"
+    return Component(str(path), f"each call measures the zeros of {skipped}: {rule}", plan)

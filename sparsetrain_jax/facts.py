@@ -52,8 +52,8 @@ __all__ = [
 
 _ANY_MAGNITUDE = (0.0, math.inf)
 
-#: Factors and divisors may shrink a value at most this much. In dtypes with float32's exponents, only numbers below
-#: 2^-106 then underflow: as close to the smallest normal number as makes no difference to training.
+#: Factors and divisors may shrink a value at most this much, all together. In dtypes with float32's exponents, only
+#: numbers below 2^-106 then underflow: as close to the smallest normal number as makes no difference to training.
 _SMALLEST_FACTOR = 2.0**-20
 
 #: Constants with more elements are not looked at when tracing.
@@ -69,12 +69,14 @@ class Facts:
       nonnegative: it has no negative element.
       magnitude: None if the value may have a gradient. Otherwise (low, high), between which every element's absolute
         value lies that is not zero.
+      shrunk: of a value that qualifies, what it has been multiplied by since its ReLU: at least this, at most 1.
       why: where the value comes from, if that is to be explained.
     """
 
     qualifies: bool = False
     nonnegative: bool = False
     magnitude: tuple[float, float] | None = None
+    shrunk: float = 1.0
     why: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -158,15 +160,21 @@ def meet(first: Facts, second: Facts) -> Facts:
         magnitude = (min(first.magnitude[0], second.magnitude[0]), max(first.magnitude[1], second.magnitude[1]))
     blame = second if first.qualifies and not second.qualifies else first
     return Facts(
-        first.qualifies and second.qualifies, first.nonnegative and second.nonnegative, magnitude, why=blame.why
+        first.qualifies and second.qualifies,
+        first.nonnegative and second.nonnegative,
+        magnitude,
+        min(first.shrunk, second.shrunk),
+        why=blame.why,
     )
 
 
 def widen(before: Facts, after: Facts) -> Facts:
-    """``meet`` for loops, where it is repeated: a magnitude that moves is given up at once, so that this ends."""
+    """``meet`` for loops, where it is repeated: what moves is given up, or may not move again, so that this ends."""
     facts = meet(before, after)
     if facts.fixed and facts.magnitude != before.magnitude:
-        return replace(facts, magnitude=_ANY_MAGNITUDE)
+        facts = replace(facts, magnitude=_ANY_MAGNITUDE)
+    if facts.shrunk != before.shrunk:
+        facts = replace(facts, shrunk=_SMALLEST_FACTOR)
     return facts
 
 
@@ -242,11 +250,13 @@ def _all(facts: Sequence[Facts]) -> Facts:
     return result
 
 
-def _underflow_free(dtype: Any, low: float) -> bool:
-    """Whether multiplying by numbers of at least ``low`` makes no (normal) number zero."""
-    if low >= 1:
-        return True
-    return low >= _SMALLEST_FACTOR and jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp
+def _scaled(dtype: Any, value: Facts, low: float) -> Facts:
+    """A value with a gradient, times numbers of at least ``low``: no (normal) number may become zero by that."""
+    shrunk = value.shrunk * min(low, 1.0)
+    enough = shrunk >= _SMALLEST_FACTOR and jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp
+    if not (value.qualifies and (shrunk == 1 or enough)):
+        return NOTHING
+    return Facts(True, shrunk=shrunk)
 
 
 @_rule(
@@ -392,7 +402,8 @@ def _neg(eqn: Any, facts: Sequence[Facts]) -> Facts:
 @_rule(
     "mul",
     title="Products with a constant, or with a mask or other factor that has no gradient",
-    qualifies="if the operand does and the factor's elements are zero or at least 2^-20 in magnitude (1 in float16)",
+    qualifies="if the operand does and the factor's elements are zero or at least 2^-20 in magnitude (1 in float16); "
+    "all factors since the ReLU together",
     nonnegative="if both factors are",
     hint="the other factor has a gradient, or may be so small that the product underflows",
 )
@@ -405,8 +416,8 @@ def _mul(eqn: Any, facts: Sequence[Facts]) -> Facts:
     if first.magnitude and second.magnitude:
         return fixed_facts(eqn.outvars[0].aval, _product(dtype, first.magnitude, second.magnitude), nonnegative)
     value, factor = (first, second) if second.fixed else (second, first)
-    qualifies = value.qualifies and factor.magnitude is not None and _underflow_free(dtype, factor.magnitude[0])
-    return Facts(qualifies, nonnegative)
+    scaled = _scaled(dtype, value, factor.magnitude[0]) if factor.magnitude else NOTHING
+    return replace(scaled, nonnegative=nonnegative)
 
 
 def _representable(dtype: Any, low: float, high: float) -> tuple[float, float]:
@@ -422,7 +433,7 @@ def _product(dtype: Any, first: tuple[float, float], second: tuple[float, float]
 @_rule(
     "div",
     title="Quotients by a constant or other divisor that has no gradient",
-    qualifies="if the operand does and the divisor's magnitude is at most 2^20 (1 in float16)",
+    qualifies="if the operand does and the divisor's magnitude is at most 2^20 (1 in float16); as for factors",
     nonnegative="if both are",
     hint="the divisor has a gradient, or may be so large that the quotient underflows",
 )
@@ -438,20 +449,20 @@ def _div(eqn: Any, facts: Sequence[Facts]) -> Facts:
     inverse = (1 / high if high else math.inf, 1 / low if low else math.inf)
     if value.magnitude is not None:
         return fixed_facts(eqn.outvars[0].aval, _product(dtype, value.magnitude, inverse), nonnegative)
-    return Facts(value.qualifies and _underflow_free(dtype, inverse[0]), nonnegative)
+    return replace(_scaled(dtype, value, inverse[0]), nonnegative=nonnegative)
 
 
 @_rule(
     *("add", "add_any"),
     title="Sums of values",
     qualifies="if every operand qualifies and is non-negative: values of both signs can cancel",
-    nonnegative="if every operand is",
+    nonnegative="if every operand is, and integers are unsigned (signed ones may wrap around)",
     hint="every operand must qualify and be non-negative",
 )
 def _add(eqn: Any, facts: Sequence[Facts]) -> Facts:
     result = _all(facts)
     if result.magnitude is not None:
-        return fixed_facts(eqn.outvars[0].aval, nonnegative=result.nonnegative)
+        return _fixed_sum(eqn, _ANY_MAGNITUDE, result.nonnegative)
     return replace(result, qualifies=result.qualifies and result.nonnegative)
 
 
@@ -459,7 +470,7 @@ def _add(eqn: Any, facts: Sequence[Facts]) -> Facts:
     *("reduce_sum", "reduce_window_sum", "cumsum"),
     title="Sums over dimensions and windows: average pooling",
     qualifies="if the operand qualifies and is non-negative",
-    nonnegative="if the operand is",
+    nonnegative="if the operand is, and integers are unsigned",
     hint="the operand must qualify and be non-negative",
 )
 def _sum(eqn: Any, facts: Sequence[Facts]) -> Facts:
@@ -468,8 +479,15 @@ def _sum(eqn: Any, facts: Sequence[Facts]) -> Facts:
         low, high = operand.magnitude
         high *= _terms_of_sum(eqn)
         magnitude = (low, high) if operand.nonnegative and math.isfinite(high) else _ANY_MAGNITUDE
-        return fixed_facts(eqn.outvars[0].aval, magnitude, operand.nonnegative)
+        return _fixed_sum(eqn, magnitude, operand.nonnegative)
     return replace(operand, qualifies=operand.qualifies and operand.nonnegative)
+
+
+def _fixed_sum(eqn: Any, magnitude: tuple[float, float], nonnegative: bool) -> Facts:
+    """Facts of a sum without gradient. Signed integers may wrap around."""
+    aval = eqn.outvars[0].aval
+    wraps = jnp.issubdtype(aval.dtype, jnp.integer)
+    return fixed_facts(aval, _ANY_MAGNITUDE if wraps else magnitude, nonnegative and not wraps)
 
 
 def _terms_of_sum(eqn: Any) -> int:

@@ -236,9 +236,6 @@ def _call_native(
     dtype = _result_dtype(spec, operands[0])
     if any(isinstance(d, int) and d == 0 for d in (*shape, *(d for operand in operands for d in operand.shape))):
         return jnp.zeros(shape, dtype)  # nothing to add up, or nothing to write
-    if component.target not in native.TARGETS:  # only the masked gradient may be missing
-        g, rhs, x = operands
-        return where_active(x, _call_native(_BWD_INPUT, g, rhs, spec=spec, reduced=reduced))
     partial = jnp.dtype(jnp.float32) if reduced else dtype  # parts of a sum are rounded once, after adding them up
     if _lax_reason(component, spec, [operand.shape for operand in operands]):
         out = component.reference(*operands, spec=spec).astype(partial)
@@ -422,7 +419,7 @@ def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
 
 def _gradient(call: Callable[..., jax.Array], *operands: jax.Array, wanted: Any, spec: ConvSpec) -> jax.Array:
     """One of ``operands`` is ct. If it is wider than the others, they meet in its dtype, as in lax."""
-    dtype = jnp.result_type(*operands)
+    dtype = max((x.dtype for x in operands), key=lambda dtype: dtype.itemsize)  # not by promotion, which may be strict
     return call(*(x.astype(dtype) for x in operands), spec=spec.gradient).astype(wanted.aval.dtype)
 
 

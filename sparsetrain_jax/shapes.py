@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,27 +99,32 @@ class ConvSpec:
         return text + f" {self.mode}" * (self.mode != "auto") + " relu_input" * self.relu_input
 
 
-def per_axis(name: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:
+def per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
     """``value`` as one integer per spatial axis: an integer is repeated, a sequence must have ``rank`` of them.
 
     Raises:
       TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
-    accepted = f"an integer of at least {minimum} or a sequence of {rank} of them"
+    accepted = f"an integer of at least 1 or a sequence of {rank} of them"
     if value is None:
         value = 1
     try:
         items = (operator.index(value),) * rank
     except TypeError:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be {accepted}, got {value!r}") from None
         try:
             items = tuple(operator.index(v) for v in value)
         except TypeError:
             raise TypeError(f"{name} must be {accepted}, got {value!r}") from None
-    if len(items) != rank or any(v < minimum for v in items):
+    if len(items) != rank or any(v < 1 for v in items):
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
     return items
+
+
+def _pair(item: Any) -> Any:
+    try:
+        return tuple(item)
+    except TypeError:
+        return item, item
 
 
 def padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
@@ -140,12 +145,14 @@ def padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
         return ((operator.index(padding),) * 2,) * rank
     except TypeError:
         pass
-    if not isinstance(padding, Sequence):
-        raise TypeError(f"padding must be {accepted} pairs, got {padding!r}")
+    try:
+        items = list(padding)
+    except TypeError:
+        raise TypeError(f"padding must be {accepted} pairs, got {padding!r}") from None
     pairs = []
-    for item in padding:
+    for item in items:
         try:
-            low, high = (item, item) if not isinstance(item, Sequence) else item
+            low, high = _pair(item)
             pairs.append((operator.index(low), operator.index(high)))
         except (TypeError, ValueError):
             raise ValueError(f"padding must be {accepted} pairs, got {padding!r}") from None

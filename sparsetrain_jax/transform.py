@@ -10,9 +10,13 @@ On the way, :mod:`~sparsetrain_jax.facts` proves for which convolutions ``relu_i
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import operator
+import os
+import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -22,8 +26,9 @@ from jax import lax
 from jax.extend import core, linear_util, source_info_util
 
 from . import _compat, facts, primitives
-from .conv import Component, _Call, _plan, explain_call
+from .conv import Component, _Call, _inverse, _plan, explain_call
 from .facts import Facts, Origin
+from .shapes import ConvSpec
 
 __all__ = ["ConvReport", "SparsifyReport", "sparsify"]
 
@@ -65,9 +70,10 @@ def sparsify(fn: Callable[..., Any] | None = None, *, explain: bool = False) -> 
 
     @functools.wraps(fn, updated=())
     def sparse(*args: Any, **kwargs: Any) -> Any:
-        traced = _trace(fn, args, kwargs)
-        closed, reports = _rewrite(traced.jaxpr, explain)
-        return SparsifyReport(reports) if explain else traced.evaluate(closed)
+        with nnx.update_context(_NNX_TAG):
+            traced = _trace(*_unbound(fn, args, kwargs))
+            closed, reports = _rewrite(traced.jaxpr, explain)
+            return SparsifyReport(reports) if explain else traced.evaluate(closed)
 
     return sparse
 
@@ -127,10 +133,14 @@ class SparsifyReport(tuple[ConvReport, ...]):
         return "\n".join([*lines, *reasons])
 
 
+#: Our own code is no more the user's where it is not installed.
+_HERE = os.path.dirname(__file__) + os.sep
+
+
 def _source(eqn: Any) -> str:
     """The line that an equation comes from: the innermost that is not in an installed package, if there is one."""
     frames = source_info_util.summarize(eqn.source_info, num_frames=100).split("\n")[::-1]
-    frame = next((f for f in frames if "site-packages" not in f), frames[0])
+    frame = next((f for f in frames if "site-packages" not in f and not f.startswith(_HERE)), frames[0])
     place, _, function = frame.rpartition("/")[2].partition(" ")
     file, *line = place.split(":")
     return ":".join([file, *line[:1]]) + (f" {function}" if function else "")
@@ -188,48 +198,110 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array)
 
 
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def _is_nnx(node: Any) -> bool:
+    return isinstance(node, (nnx.Pytree, nnx.Variable))
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
+#: Of the context in which nnx objects are taken apart and put together again.
+_NNX_TAG = "sparsetrain_jax.sparsify"
+
+
+def _unbound(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """``fn`` and its arguments, with those that it is bound to: an nnx model among them is an argument, too."""
+    while True:
+        if isinstance(fn, functools.partial):
+            fn, args, kwargs = fn.func, (*fn.args, *args), {**fn.keywords, **kwargs}
+        elif isinstance(fn, types.MethodType) and _is_nnx(fn.__self__):
+            fn, args = fn.__func__, (fn.__self__, *args)
+        elif _is_nnx(fn):
+            fn, args = type(fn).__call__, (fn, *args)
+        else:
+            return fn, args, kwargs
+
+
 def _trace(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Traced:
     """``function`` with everything but JAX arrays closed over; its results may contain anything, too.
 
-    It gets copies of nnx models among its arguments, since those hold arrays. What it changes in them (running
-    averages, counters of random numbers) is one more result, with which ``outputs`` updates the models themselves.
+    It gets copies of the nnx objects among its arguments, since those hold arrays; copies share what the objects share.
+    What it changes in them (running averages, counters of random numbers, attributes) is one more result, by which
+    ``outputs`` changes the objects themselves. Both are to be called in one ``nnx.update_context``.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_nnx)
+    objects = [leaf for leaf in leaves if _is_nnx(leaf)]
+    tag = _NNX_TAG if objects else None
+    with nnx.split_context(tag) as context:
+        graph, state = context.split(objects)
+    others = [None if _is_nnx(leaf) else leaf for leaf in leaves]
+    values, contents = jax.tree.flatten((others, state), is_leaf=_is_none)
+    arrays = [value for value in values if _is_traced(value)]
     results: list[Any] = []
 
     def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
-        rest = iter(arrays)
-        copies = jax.tree.unflatten(structure, [next(rest) if _is_array(leaf) else leaf for leaf in leaves])
-        models = _nnx_models(copies)
-        before = jax.tree.leaves(models)
-        result = function(*copies[0], **copies[1])
-        after = jax.tree.leaves(models)
-        changed = len(before) != len(after) or not all(map(operator.is_, before, after))
-        out, out_structure = jax.tree.flatten((result, [nnx.state(m) for m in models] if changed else []))
-        results[:] = [[None if _is_array(leaf) else leaf for leaf in out], list(map(_is_array, out)), out_structure]
+        others, state = jax.tree.unflatten(contents, _filled(values, map(_is_traced, values), arrays))
+        with nnx.merge_context(tag, inner=True if objects else None) as context:
+            copies = context.merge(graph, state)
+        before = _parts(copies)
+        given = jax.tree.unflatten(structure, _filled(others, map(_is_nnx, leaves), copies))
+        out_leaves, out_structure = jax.tree.flatten(function(*given[0], **given[1]), is_leaf=_is_nnx)
+        made = [leaf for leaf in out_leaves if _is_nnx(leaf)]
+        out_graph = out_state = None
+        changed = not _same(before, _parts(copies))
+        if changed or made:
+            with nnx.split_context(tag) as context:
+                out_graph, out_state = context.split((copies if changed else [], made))
+        out_others = [None if _is_nnx(leaf) else leaf for leaf in out_leaves]
+        out, out_contents = jax.tree.flatten((out_others, out_state), is_leaf=_is_none)
+        constants = [None if _is_array(leaf) else leaf for leaf in out]
+        kinds = list(map(_is_array, out)), list(map(_is_nnx, out_leaves))
+        results[:] = constants, *kinds, out_contents, out_graph, out_structure
         return [leaf for leaf in out if _is_array(leaf)]
 
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    _name_after(of_arrays, function)
     jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
 
     def outputs(values: Sequence[jax.Array]) -> Any:
-        constants, traced, out_structure = results
-        rest = iter(values)
-        result, states = jax.tree.unflatten(
-            out_structure, [next(rest) if t else c for c, t in zip(constants, traced, strict=True)]
-        )
-        if states:
-            for model, state in zip(_nnx_models((args, kwargs)), states, strict=True):
-                nnx.update(model, state)
-        return result
+        constants, is_array, is_nnx, out_contents, out_graph, out_structure = results
+        others, state = jax.tree.unflatten(out_contents, _filled(constants, is_array, values))
+        made: Sequence[Any] = ()
+        if out_graph is not None:
+            with nnx.merge_context(tag, inner=False if objects else None) as context:
+                _, made = context.merge(out_graph, state)
+        return jax.tree.unflatten(out_structure, _filled(others, is_nnx, made))
 
     return _Traced(jaxpr, arrays, outputs)
 
 
-def _nnx_models(tree: Any) -> list[Any]:
-    """The nnx objects in a pytree."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
-    return [node for node in nodes if isinstance(node, nnx.Pytree)]
+def _filled(values: Sequence[Any], where: Iterable[bool], others: Iterable[Any]) -> list[Any]:
+    """``values`` with the next of ``others`` wherever ``where`` is true."""
+    rest = iter(others)
+    return [next(rest) if is_other else value for value, is_other in zip(values, where, strict=True)]
+
+
+def _parts(objects: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The graph of nnx objects, and the arrays in it."""
+    with nnx.split_context() as context:
+        graph, state = context.split(objects)
+    return graph, jax.tree.leaves(state)
+
+
+def _same(before: tuple[Any, list[Any]], after: tuple[Any, list[Any]]) -> bool:
+    (graph, arrays), (other_graph, others) = before, after
+    return len(arrays) == len(others) and all(map(operator.is_, arrays, others)) and graph == other_graph
+
+
+def _name_after(function: Any, fn: Any) -> None:
+    """Makes errors of JAX's name the user's ``fn`` and its line, where they would name our ``function``."""
+    function.__signature__ = inspect.signature(function)
+    function.__name__ = getattr(fn, "__name__", function.__name__)
+    function.__wrapped__ = fn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,10 +353,22 @@ def _forward(eqn: Any) -> _Call:
     if eqn.primitive is lax.conv_general_dilated_p:
         return _plan(lhs, rhs, "auto", **_arguments(eqn.params))
     spec = eqn.params["spec"]
-    arguments = _arguments({"feature_group_count": 1, "batch_group_count": 1, "precision": spec.precision})
-    arguments |= {"window_strides": spec.strides, "padding": spec.padding, "dimension_numbers": _channels_last(4)}
-    arguments |= {"preferred_element_type": spec.result}
-    return _plan(lhs, rhs, spec.mode, **arguments)
+    return _plan(lhs, rhs, spec.mode, out_sharding=None, **_stock_arguments(spec))
+
+
+def _stock_arguments(spec: ConvSpec) -> dict[str, Any]:
+    """The parameters of JAX's own primitive for a convolution of ours."""
+    return {
+        "window_strides": spec.strides,
+        "padding": spec.padding,
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1),
+        "dimension_numbers": _channels_last(4),
+        "feature_group_count": 1,
+        "batch_group_count": 1,
+        "precision": spec.precision,
+        "preferred_element_type": spec.result,
+    }
 
 
 def _kernel_axes(eqn: Any) -> tuple[int, ...]:
@@ -309,10 +393,6 @@ def _arguments(params: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
     image = (0, rank - 1, *range(1, rank - 1))
     return lax.ConvDimensionNumbers(image, (rank - 1, rank - 2, *range(rank - 2)), image)
-
-
-def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
 
 
 def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
@@ -345,8 +425,12 @@ def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
     dilated = tuple(params["lhs_dilation"]) != ones
     low = [pads[0] for pads in params["padding"]]
 
-    if not dilated and lhs_spec[1] == 0 == rhs_spec[1]:
-        # Both sum over their leading dimension, the batch: kernel gradient. The window is the output's gradient.
+    # Both sum over their leading dimension, the batch: kernel gradient, whose window is the output's gradient. Or an
+    # ordinary convolution of CHWN, as its result then is, too; its window is small.
+    undilated = tuple(params["rhs_dilation"]) == ones
+    chwn = lhs_spec == out_spec and lhs_spec[0] == rank - 1
+    ordinary = chwn and undilated and math.prod(window) < math.prod(result)
+    if not dilated and lhs_spec[1] == 0 == rhs_spec[1] and not ordinary:
         component, strides = "bwd_weights", tuple(params["rhs_dilation"])
         inputs, kernel, output, top = size, result, window, low
         batch, in_features, features = lhs.shape[lhs_spec[1]], lhs.shape[lhs_spec[0]], rhs.shape[rhs_spec[0]]
@@ -355,7 +439,7 @@ def _as_gradient(eqn: Any, flipped: bool) -> _Kernel | None:
             (rhs_spec[1], *rhs_spec[2:], rhs_spec[0]),
             _inverse((*out_spec[2:], out_spec[0], out_spec[1])),
         )
-    elif (dilated or flipped) and tuple(params["rhs_dilation"]) == ones:
+    elif (dilated or flipped) and undilated:
         # The output's gradient, spread out by the strides, against the flipped kernel with features exchanged.
         component, strides = "bwd_input", tuple(params["lhs_dilation"])
         inputs, kernel, output, top = result, window, size, [w - 1 - p for w, p in zip(window, low, strict=True)]
@@ -604,7 +688,7 @@ class _Walk:
     def _report(
         self, eqn: Any, kernel: _Kernel, operands: Sequence[Facts], replaced: bool, reverse: bool
     ) -> ConvReport:
-        paths = dict(explain_call(*_forward_operands(eqn, kernel), kernel.call))
+        paths = dict(explain_call(*_forward_operands(eqn, kernel), kernel.call, relu_input=kernel.relu_input))
         if not replaced:
             reason = kernel.call.reason or "its type in the surrounding function cannot be kept"
             paths = {name: Component("lax", reason, {}) for name in paths}
@@ -622,8 +706,6 @@ class _Walk:
             proof = _proof(operands[0])
         if kernel.relu_input and not operands[0].qualifies:
             proof = "promised by the layer"
-        if kernel.relu_input and replaced and paths["bwd_input"].path != "lax":
-            paths["bwd_input"] = Component("sparse", "only where the input is not zero", {})
         return ConvReport(
             self._source(eqn),
             self._scope(eqn),
@@ -764,8 +846,8 @@ class _Policy:
     policy: Callable[..., Any]
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
-        if primitive.name == "sparse_conv_fwd":
-            primitive = lax.conv_general_dilated_p
+        if primitive.name == _FWD:
+            primitive, params = lax.conv_general_dilated_p, _stock_arguments(params["spec"])
         return self.policy(primitive, *avals, **params)
 
 
@@ -784,7 +866,8 @@ def _sparse_function(function: Any) -> Any:
     """A custom rule that JAX calls with arrays and symbolic zeros."""
 
     def sparse(*args: Any) -> Any:
-        traced = _trace(function.call_wrapped, args, {})
-        return traced.evaluate(_rewrite(traced.jaxpr, reverse=False)[0])
+        with nnx.update_context(_NNX_TAG):
+            traced = _trace(function.call_wrapped, args, {})
+            return traced.evaluate(_rewrite(traced.jaxpr, reverse=False)[0])
 
     return linear_util.wrap_init(sparse, debug_info=function.debug_info)

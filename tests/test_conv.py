@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable
@@ -354,6 +355,17 @@ def test_sparse_conv_takes_one_and_three_dimensions_and_groups() -> None:
         assert_same(st.sparse_conv(lhs, rhs, feature_group_count=groups), want)
 
 
+def test_arguments_for_each_dimension_may_be_any_sequence() -> None:
+    lhs, rhs = data(3, (2, 7, 8, 6), (3, 3, 6, 4))
+    want = st.sparse_conv(lhs, rhs, strides=(2, 1), padding=((1, 0), (2, 2)))
+    for strides, padding in (
+        ([2, 1], [[1, 0], 2]),
+        (np.array([2, 1]), np.array([[1, 0], [2, 2]])),
+        (np.array([2, 1]), ((np.int64(1), 0), np.int64(2))),
+    ):
+        assert_same(st.sparse_conv(lhs, rhs, strides=strides, padding=padding), want)
+
+
 @pytest.mark.parametrize(
     ("arguments", "exception", "pieces"),
     [
@@ -605,12 +617,33 @@ def test_explain_names_a_path_and_a_reason_for_each_component() -> None:
             assert component.path == path and component.reason
     for mode in ("sparse", "dense"):
         assert {c.path for c in st.explain(lhs, rhs, mode=mode).values()} == {mode}
-    text = str(st.explain(lhs, rhs, density=0.25))
-    assert all(name in text for name in components)
-    assert f"dense_gflop {2e-9 * 4 * 28**2 * 9 * 64**2:.4g}" in text
-    assert f"expected_gflop {0.25 * 2e-9 * 4 * 28**2 * 9 * 64**2:.4g}" in text
-    assert text.count("runs sparse above a sparsity of") == 3
-    assert str(st.explain(lhs, rhs, density=0.25, relu_input=True)).count("expected_gflop") == 3
+    for relu_input in (False, True):
+        explanation = st.explain(lhs, rhs, density=0.25, relu_input=relu_input)
+        lines = str(explanation).splitlines()
+        assert [line.split()[:2] for line in lines] == [[name, c.path] for name, c in explanation.items()]
+        for component in explanation.values():
+            assert component.plan["dense_gflop"] == pytest.approx(2e-9 * 4 * 28**2 * 9 * 64**2)
+            assert component.plan["expected_gflop"] == pytest.approx(0.25 * 2e-9 * 4 * 28**2 * 9 * 64**2)
+
+
+@pytest.mark.parametrize("features", [(64, 64), (256, 16), (16, 16), (24, 250)], ids=str)
+@pytest.mark.parametrize("size", [1, 3])
+def test_explain_says_how_many_zeros_make_a_call_sparse(features: tuple[int, int], size: int, isa: str) -> None:
+    shapes = ((4, 28, 28, features[0]), (size, size, *features))
+    lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    for name, component in st.explain(lhs, rhs).items():
+        if component.path == "lax":
+            assert isa == "portable"
+            continue
+        limit = float(component.plan["break_even_density"])
+        assert 0 <= limit <= 1
+        if not 0 < limit < 1:
+            assert f"{component.path}, however {'few' if limit else 'many'}" in component.reason
+        else:
+            assert component.path == "sparse" and f" {100 * (1 - limit):.0f} % zeros" in component.reason
+        for density, path in ((limit - 0.01, "sparse"), (limit + 0.01, "dense")):
+            if 0 <= density <= 1:
+                assert st.explain(lhs, rhs, density=density)[name].path == path, (name, limit)
 
 
 @pytest.mark.parametrize(
@@ -642,14 +675,17 @@ def test_explain_says_lax_where_auto_leaves_a_component_to_lax() -> None:
 
 
 def test_auto_runs_the_path_that_explain_says() -> None:
-    for features in (3, 16):
-        lhs, rhs = data(17, (2, 9, 9, features), (3, 3, features, 16))
-        gradient = jax.jit(jax.grad(lambda lhs, rhs: (st.sparse_conv(lhs, rhs) ** 2).sum()))
-        says = st.explain(lhs, rhs)["bwd_input"].path
+    for features, size, relu_input in itertools.product((3, 16), (1, 3), (False, True)):
+        lhs, rhs = data(17, (2, 9, 9, features), (size, size, features, 16))
+        fun = functools.partial(st.sparse_conv, relu_input=relu_input)
+        gradient = jax.jit(jax.grad(lambda lhs, rhs, fun=fun: (fun(lhs, rhs) ** 2).sum()))
+        says = st.explain(lhs, rhs, relu_input=relu_input)["bwd_input"].path
         text = gradient.lower(lhs, rhs).as_text()
-        assert ("sparsetrain_conv_bwd_input_v1" in text) == (says != "lax") == (features == 16)
-        stock_gradient = jax.grad(lambda lhs, rhs: (stock_same(lhs, rhs) ** 2).sum())
-        assert_same(gradient(lhs, rhs), stock_gradient(lhs, rhs))
+        ours = (features, size, relu_input) != (3, 3, False)
+        target = f"sparsetrain_conv_bwd_input{'_masked' * relu_input}_v1"
+        assert (target in text) == (says != "lax") == ours
+        want = jax.grad(lambda lhs, rhs: (stock_same(lhs, rhs) ** 2).sum())(lhs, rhs)
+        assert_same(gradient(lhs, rhs), jnp.where(lhs == 0, 0, want) if relu_input else want)
 
 
 def stock_same(lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -150,10 +150,11 @@ def test_a_float32_result_leaves_narrow_operands_as_they_are(dtype: str) -> None
     assert "custom-call(" in text and not re.search(r"\bconvert\(", text), text
     check("fwd", CASE, np.asarray(call(lhs, rhs)), lhs, rhs)
 
-    # Gradients as in jax.lax: in float32, then rounded.
+    # Gradients as in jax.lax: in float32, then rounded. Strict promotion would not let the dtypes meet.
     g = jnp.asarray(values(rng, CASE.out_shape))
     for relu_input in (False, True):
-        dlhs, drhs = jax.vjp(lambda *operands: call(*operands, relu_input=relu_input), lhs, rhs)[1](g)  # noqa: B023
+        with jax.numpy_dtype_promotion("strict"):
+            dlhs, drhs = jax.vjp(lambda *operands: call(*operands, relu_input=relu_input), lhs, rhs)[1](g)  # noqa: B023
         assert np.all(np.asarray(dlhs)[np.asarray(lhs) == 0] == 0) == relu_input
         check("bwd_weights", CASE, np.asarray(drhs), lhs, g, dtype)
         dense = COMPONENTS["bwd_input"](CASE, g, rhs).astype(np.float32).astype(dtype)

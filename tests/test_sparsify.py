@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import pathlib
@@ -15,6 +16,7 @@ import hypothesis.strategies as hs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -171,6 +173,9 @@ PROVEN = {
     "optimization_barrier": lambda x: lax.optimization_barrier(relu(x)),
     "cond": lambda x: lax.cond(x.sum() > 0, max_pool, lambda h: h[:, ::2, ::2], relu(x)),
     "scan": lambda x: lax.scan(lambda h, _: (enlarge(max_pool(h))[..., ::-1], None), relu(x), length=2)[0],
+    "a factor that does not add up in a loop": lambda x: lax.scan(
+        lambda h, _: (relu(h) * 0.5 + 1, None), relu(x), length=2
+    )[0],
     "scan over slices": lambda x: lax.scan(lambda _, h: (None, max_pool(h)), None, relu(x)[None])[1][0],
     "a reader besides the convolution": lambda x: (h := relu(x)) + enlarge(max_pool(h)),
 }
@@ -263,6 +268,11 @@ UNDERFLOWS = {
     "huge divisor": (jnp.float32, lambda h: h / 1e35),
     "factor below 1 in float16": (jnp.float16, lambda h: h * jnp.float16(0.5)),
     "average in float16": (jnp.float16, lambda h: nn.avg_pool(h, (2, 2), strides=(2, 2))),
+    "factors that are tiny together": (jnp.float32, lambda h: functools.reduce(lambda h, _: h * 2.0**-20, range(7), h)),
+    "factors that add up in a loop": (
+        jnp.float32,
+        lambda h: lax.scan(lambda h, _: (h * 0.5, None), h, length=130)[0],
+    ),
     "float that nothing is known of": (jnp.float32, lambda h: h * lax.stop_gradient(h * 1e-30)),
 }
 
@@ -341,6 +351,14 @@ def test_an_argument_never_qualifies_and_its_relu_does() -> None:
     # Not even where the argument is a relu's output outside.
     outer = lambda x, w: st.sparsify(fun)(relu(x), w)  # noqa: E731
     assert names(jax.grad(outer), X, W).count("sparse_conv_bwd_input_masked") == 1
+
+
+def test_signed_integers_may_wrap_around() -> None:
+    i = jnp.full((4,), 100, jnp.int8)
+    for term in (lambda: i + i, lambda: jnp.cumsum(i, dtype=jnp.int8)):
+        fun = lambda x, w, term=term: energy(conv(relu(x) + term().astype(x.dtype), w))  # noqa: E731
+        assert proven(fun, X, W) == [False]
+    assert proven(lambda x, w: energy(conv(relu(x) + i.astype(x.dtype), w)), X, W) == [True]
 
 
 def test_a_value_that_is_returned_as_well_still_qualifies() -> None:
@@ -598,8 +616,8 @@ def test_higher_order_primitives_that_it_does_not_know_are_left_alone() -> None:
 
 
 def test_checkpoint_policies_see_our_convolutions_as_convolutions() -> None:
-    def save_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
-        return primitive is lax.conv_general_dilated_p
+    def save_convolutions(primitive: Any, *_: Any, **params: Any) -> bool:
+        return primitive is lax.conv_general_dilated_p and params["feature_group_count"] == 1
 
     def fun(x: jax.Array, policy: Any) -> jax.Array:
         return jax.checkpoint(lambda x: (conv(jnp.sin(conv(x, W)), W) ** 2).sum(), policy=policy)(x)
@@ -693,6 +711,16 @@ def test_exceptions_are_those_of_the_function() -> None:
     assert str(sparse.value) == str(plain.value)
 
 
+def test_exceptions_name_the_function_and_not_ours() -> None:
+    def branches_on_values(x: jax.Array) -> jax.Array:
+        return x if x.sum() > 0 else conv(x, W)
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as error:
+        st.sparsify(branches_on_values)(X)
+    line = inspect.getsourcelines(branches_on_values)[1]
+    assert f"branches_on_values at {__file__}:{line}" in str(error.value)
+
+
 def test_inner_functions_are_rewritten_once() -> None:
     inner = jax.jit(conv)
     fun = st.sparsify(lambda x: inner(x, W))
@@ -745,6 +773,19 @@ def test_gradients_of_one_dimension_run_on_their_primitives() -> None:
     assert_equal(st.sparsify(step)(x, w), step(x, w))
 
 
+def test_a_convolution_with_channels_first_of_all_is_no_gradient() -> None:
+    numbers = ("CHWN", "IHWO", "CHWN")
+    x, w = integers(2, 16, 8, 8, 4), integers(3, 16, 3, 3, 16)
+
+    def twice(x: jax.Array, w: jax.Array) -> jax.Array:
+        for _ in range(2):
+            x = lax.conv_general_dilated(relu(x), w, (1, 1), "SAME", dimension_numbers=numbers)
+        return (x**2).sum()
+
+    assert proven(twice, x, w) == [True, True]
+    assert_same_gradients(twice, x, w)
+
+
 def test_transposed_convolutions_run_on_the_input_gradient() -> None:
     fun = lambda x, w: energy(lax.conv_transpose(x, w, (2, 2), "SAME"))  # noqa: E731
     assert "sparse_conv_bwd_input" in names(st.sparsify(fun), X, W)
@@ -784,6 +825,23 @@ def test_the_explanation_names_source_lines_paths_and_reasons() -> None:
     assert all(report.proof in line for report, line in zip(reports, table.splitlines()[1:5], strict=True))
     assert f"lax: {reports[3].paths['fwd'].reason}" in table.splitlines()[5:]
     assert str(st.sparsify(lambda x: x, explain=True)(X)) == "no convolutions"
+
+
+def test_the_explanation_says_what_is_compiled_for_few_features() -> None:
+    x, w = integers(0, 1, 9, 9, 4), integers(1, 3, 3, 4, 16)
+    for fun, path, target in (
+        (lambda x, w: energy(conv(relu(x), w)), "sparse", "bwd_input_masked_v1"),
+        (lambda x, w: energy(conv(x, w)), "lax", "convolution"),
+    ):
+        (report,) = st.sparsify(fun, explain=True)(x, w)
+        assert report.paths["bwd_input"].path == path
+        assert target in jax.jit(jax.grad(st.sparsify(fun))).lower(x, w).as_text()
+
+
+def test_the_explanation_takes_shapes_alone() -> None:
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (X, W)]
+    fun = lambda x, w: conv(relu(x), w)  # noqa: E731
+    assert st.sparsify(fun, explain=True)(*shapes) == st.sparsify(fun, explain=True)(X, W)
 
 
 def test_the_documentation_lists_the_rules_of_the_code() -> None:
@@ -964,3 +1022,110 @@ def test_a_pure_jax_network_trains_the_same() -> None:
     assert proven(loss, params, x) == [False, True, True]
     sparse, plain = (compiled(jax.grad(f))(params, x) for f in (st.sparsify(loss), loss))
     assert_as_accurate(sparse, plain, in_float64(jax.grad(loss), params, x), 2 * 16 * 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nnx objects among the arguments
+
+
+def trained(wrap: Callable[..., Any], make: Callable[[], Any], fun: Callable[..., Any]) -> tuple[Any, Any]:
+    """What ``wrap(fun)`` returns for the nnx objects that ``make`` makes, and their state afterwards."""
+    objects = make()
+    result = wrap(fun)(*objects)
+    kept = nnx.state([node for node in objects if isinstance(node, nnx.Pytree)])
+    return result, [leaf for leaf in jax.tree.leaves(kept) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+
+
+def assert_nnx_same(make: Callable[[], Any], fun: Callable[..., Any]) -> None:
+    plain, sparse = (trained(wrap, make, fun) for wrap in (lambda f: f, st.sparsify))
+    assert jax.tree.structure(plain) == jax.tree.structure(sparse)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(sparse), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
+class Shares(nnx.Module):
+    """Layers that share a kernel, a normalization and a source of random numbers."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.second = (nnx.Conv(4, 4, (3, 3), rngs=rngs) for _ in range(2))
+        self.second.kernel = self.first.kernel
+        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs)] * 2)
+        self.drops = nnx.List([nnx.Dropout(0.5, rngs=rngs) for _ in range(2)])
+        self.rngs = nnx.List([rngs, rngs])
+        self.calls = 0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.calls += 1
+        h = self.norms[1](jax.nn.relu(self.norms[0](self.first(x))))
+        noise = [jax.random.normal(rngs(), (4,)) for rngs in self.rngs]
+        return self.drops[1](self.drops[0](jax.nn.relu(self.second(h)))) + noise[0] - noise[1]
+
+
+def model_and_image() -> tuple[Shares, jax.Array]:
+    return Shares(nnx.Rngs(0)), X
+
+
+def test_what_nnx_objects_share_stays_shared() -> None:
+    assert_nnx_same(model_and_image, lambda model, x: model(x))
+    assert_nnx_same(lambda: (model := Shares(nnx.Rngs(0)), model, X), lambda a, b, x: a(x) + b(x))
+
+
+def test_a_train_step_with_tied_weights_trains_the_same() -> None:
+    def make() -> Any:
+        model = Shares(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param), X
+
+    def step(model: Shares, optimizer: nnx.Optimizer, x: jax.Array) -> jax.Array:
+        loss, gradient = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    assert_nnx_same(make, step)
+
+
+def test_variables_by_themselves_are_changed() -> None:
+    def count(variables: list[nnx.Variable], x: jax.Array) -> jax.Array:
+        variables[0][...] += 1
+        return conv(x, W)
+
+    variable = nnx.Variable(jnp.float32(0))
+    st.sparsify(count)([variable], X)
+    assert variable[...] == 1
+
+
+def test_attributes_that_fn_changes_are_changed() -> None:
+    model, x = model_and_image()
+
+    def evaluate(model: Shares, x: jax.Array) -> jax.Array:
+        model.eval()
+        model.extra = nnx.Param(jnp.ones(3))
+        del model.norms
+        return model.first(x)
+
+    st.sparsify(evaluate)(model, x)
+    assert model.drops[0].deterministic and not hasattr(model, "norms")
+    assert model.extra.shape == (3,) and model.calls == 0
+    st.sparsify(lambda model: setattr(model, "calls", 7))(model)
+    assert model.calls == 7
+
+
+def test_an_nnx_object_that_fn_returns_is_the_argument_or_a_new_one() -> None:
+    model, x = model_and_image()
+    same, new, _ = st.sparsify(lambda m, x: (m, nnx.Param(conv(x, W)), m(x)))(model, x)
+    assert same is model and isinstance(new, nnx.Param)
+    made = st.sparsify(lambda x: nnx.Param(conv(x, W)))(x)
+    np.testing.assert_allclose(made[...], conv(x, W), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", ["model", "method", "partial"])
+def test_a_model_that_fn_is_bound_to_is_an_argument(bound: str) -> None:
+    def call(model: Shares, x: jax.Array) -> jax.Array:
+        return model(x)
+
+    outcomes = []
+    for wrap in (lambda f: f, st.sparsify):
+        model, x = model_and_image()
+        fn = {"model": model, "method": model.__call__, "partial": functools.partial(call, model)}[bound]
+        outcomes.append((wrap(fn)(x), jax.tree.leaves(nnx.state(model, nnx.BatchStat))))
+    for a, b in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
