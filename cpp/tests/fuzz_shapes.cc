@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -15,7 +16,7 @@ using namespace sparsetrain;
 
 namespace {
 
-// Helpers that start at once, late, or never.
+// Helpers that start at once, or late, or whose executor refuses them.
 class FuzzExecutor : public Executor {
  public:
   explicit FuzzExecutor(int threads) : threads_(threads) {}
@@ -25,7 +26,8 @@ class FuzzExecutor : public Executor {
   }
   int concurrency() const override { return threads_; }
   void schedule(std::function<void()> task) override {
-    if (++scheduled_ % 3 == 0) {
+    if (++scheduled_ % 5 == 0) throw std::runtime_error("no more helpers");
+    if (scheduled_ % 3 == 0) {
       late_.push_back(std::move(task));
     } else {
       workers_.emplace_back(std::move(task));
