@@ -11,10 +11,12 @@ child that measures must be started with its environment and CPU affinity alread
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import dataclasses
 import fnmatch
+import importlib.util
 import json
 import math
 import os
@@ -149,7 +151,7 @@ def select_layers(filters: str) -> list[Layer]:
     A name need not be a listed one: `3x3s2_30x30_20to40` is any layer of that shape. `all` is all listed layers.
 
     Raises:
-      ValueError: an item selects nothing.
+      ValueError: an item selects nothing, or there is none.
     """
     chosen: dict[str, Layer] = {}
     for item in filter(None, (part.strip() for part in filters.split(","))):
@@ -167,6 +169,8 @@ def select_layers(filters: str) -> list[Layer]:
                 f"--shapes: {item!r} selects nothing; accepted are all, {', '.join(tags)}, names and patterns"
             )
         chosen.update(found)
+    if not chosen:
+        raise ValueError("--shapes: nothing is given")
     return list(chosen.values())
 
 
@@ -522,17 +526,14 @@ def error_over_bound(got: np.ndarray, want: np.ndarray, magnitude: np.ndarray, t
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def measure_peak(threads: int, seconds: float = 0.5) -> float | None:
-    """GF/s of back-to-back float32 FMAs on `threads` cores at once, or None when the native module cannot tell."""
+def measure_peak(threads: int, seconds: float = 0.5) -> float:
+    """GF/s of back-to-back float32 FMAs on `threads` cores at once."""
     import sparsetrain_jax._native as native
 
-    probe = getattr(native, "measure_peak", None)
-    if probe is None:
-        return None
     results = [0.0] * threads
 
     def work(index: int) -> None:
-        results[index] = float(probe(seconds))
+        results[index] = native.measure_peak(seconds)
 
     workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
     for worker in workers:
@@ -719,6 +720,76 @@ def _record(
         record.xla_s, record.xla_min_s, record.x_xla = xla.median, xla.minimum, _ratio(xla, ours)
         record.xla_kind = entries[XLA].label
     return record
+
+
+# ---------------------------------------------------------------------------------------------------------- the options
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """A type of argparse: a number above 0."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__})") from None
+        if not (0 < value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """A type of argparse: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def comma_list(item: Callable[[str], Any], empty: bool = False) -> Callable[[str], list[Any]]:
+    """A type of argparse: items separated by commas, at least one unless ``empty``."""
+
+    def parse(text: str) -> list[Any]:
+        items = [item(part.strip()) for part in text.split(",") if part.strip()]
+        if not items and not empty:
+            raise argparse.ArgumentTypeError("nothing is given")
+        return items
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A type of argparse: one of some names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
+    """The options of all benchmarks."""
+    parser.add_argument("--mask", choices=MASKS, default="iid", help="how zeros are spread")
+    parser.add_argument("--mode", choices=("auto", *FORCED), default="auto")
+    parser.add_argument("--threads", type=positive(int), default=2)
+    parser.add_argument(
+        "--budget", type=positive(float), default=budget, help="seconds for each competitor of each case"
+    )
+    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+
+
+def print_missing_onednn(console: Console) -> None:
+    """Why there are no figures of oneDNN, if it is for want of PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        console.print("No oneDNN columns: PyTorch is not installed (pip install '.\\[bench]').")
 
 
 # ---------------------------------------------------------------------------------------------------------- the process

@@ -36,29 +36,38 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", default="quick", help="comma list of tags, groups, names or patterns; 'list' shows them"
     )
-    parser.add_argument("--sparsity", default="0,.5,.7,.9", help="comma list of fractions of zeros")
-    parser.add_argument("--components", default="fwd,bwd_input,bwd_weights", help=f"of {', '.join(COMPONENTS)}, or all")
-    parser.add_argument("--batch", type=int, help="images; default 16, and 4 for inputs of 112x112 and above")
-    parser.add_argument("--mask", choices=common.MASKS, default="iid", help="how zeros are spread")
-    parser.add_argument("--mode", choices=("auto", "sparse", "dense"), default="auto")
+    parser.add_argument(
+        "--sparsity",
+        type=common.comma_list(common.fraction),
+        default="0,.5,.7,.9",
+        help="comma list of fractions of zeros",
+    )
+    names = (*COMPONENTS, "bwd_weights", "all")
+    parser.add_argument(
+        "--components",
+        type=common.comma_list(common.one_of(*names)),
+        default="fwd,bwd_input,bwd_weights",
+        help=f"comma list of {', '.join(names)}; bwd_weights is both of its kinds",
+    )
+    parser.add_argument(
+        "--batch", type=common.positive(int), help="images; default 16, and 4 for inputs of 112x112 and above"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arrays, baselines' too"
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--budget", type=float, default=0.3, help="seconds for each competitor of each case")
     parser.add_argument(
         "--baselines",
+        type=common.comma_list(common.one_of(common.ONEDNN, common.XLA, *common.FORCED), empty=True),
         default="onednn,xla",
-        help="of onednn, xla, sparse, dense (the latter: our own forced modes); empty for none",
+        help="comma list of onednn, xla, sparse, dense (the latter: our own forced modes); empty for none",
     )
     parser.add_argument("--no-untuned", action="store_true", help="skip the second pass in an untuned environment")
     parser.add_argument("--csv", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE", help="the ratios as a Markdown table, as in the README")
     parser.add_argument("--memory", action="store_true", help="report the peak memory of one call instead of its time")
-    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    common.add_options(parser, budget=0.3)
     parser.add_argument("--untuned-child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", choices=(common.OURS, common.ONEDNN, common.XLA), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     try:
         arguments.cases = [] if arguments.shapes == "list" else build_cases(arguments)
@@ -68,26 +77,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_cases(arguments: argparse.Namespace) -> list[Case]:
-    names = []
-    for name in arguments.components.split(","):
-        if name == "bwd_weights":
-            names += [common.BWW_LHS, common.BWW_G]
-        elif name == "all":
-            names += COMPONENTS
-        elif name in COMPONENTS:
-            names.append(name)
-        else:
-            raise ValueError(f"--components: {name!r} is not one of {', '.join(COMPONENTS)}, bwd_weights, all")
-    sparsities = [float(value) for value in arguments.sparsity.split(",")]
-    if bad := [value for value in sparsities if not 0 <= value <= 1]:
-        raise ValueError(f"--sparsity: {bad[0]} is not in [0, 1]")
-    if arguments.threads < 1:
-        raise ValueError(f"--threads: {arguments.threads} is not positive")
+    several = {"bwd_weights": (common.BWW_LHS, common.BWW_G), "all": COMPONENTS}
+    names = [component for name in arguments.components for component in several.get(name, (name,))]
     cases = [
         common.sparse_case(layer, layer.batch(arguments.batch), component, sparsity)
         for layer in common.select_layers(arguments.shapes)
         for component in dict.fromkeys(names)
-        for sparsity in sparsities
+        for sparsity in arguments.sparsity
     ]
     # Without zeros the two ways to check BWW are the same case.
     return list(dict.fromkeys(c for c in cases if not (c.component == common.BWW_G and c.g_sparsity == 0)))
@@ -100,7 +96,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         threads=arguments.threads,
         budget=arguments.budget / (2 if arguments.untuned_child else 1),
         check=not arguments.untuned_child,
-        baselines=tuple(filter(None, arguments.baselines.split(","))),
+        baselines=tuple(arguments.baselines),
         dtype=arguments.dtype,
     )
 
@@ -125,8 +121,7 @@ def print_results(records: list[Record], console: Console) -> None:
         if chosen:
             console.print(component_table(component, chosen))
     console.print(summary_table(records))
-    if all(record.x_onednn is None for record in records):
-        console.print("No oneDNN columns: PyTorch is not installed (pip install '.\\[bench]').")
+    common.print_missing_onednn(console)
 
 
 def component_table(component: str, records: list[Record]) -> Table:
@@ -299,7 +294,8 @@ def memory_of(case: Case, who: str, options: Options) -> float | None:
         torch.set_grad_enabled(False)
         run = ways[0].run
     else:
-        compiled = common.compile_jax(case.layer, case.batch, case.component, who, options.mode, options.dtype)
+        mode = who if who in common.FORCED else options.mode
+        compiled = common.compile_jax(case.layer, case.batch, case.component, who, mode, options.dtype)
         on_device = [jnp.asarray(array).block_until_ready() for array in arrays]  # not copied during the call
         run = common.jax_competitor(compiled, who, on_device).run
     gc.collect()

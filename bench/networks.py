@@ -59,7 +59,7 @@ def read_profile(path: str | Path) -> dict[str, list[tuple[Layer, float, float]]
     """Network name -> (layer, sparsity of its input, sparsity of its output gradient) in the file's order.
 
     Raises:
-      ValueError: a column is missing or a sparsity is not in [0, 1]; says which line.
+      ValueError: a column is missing or a sparsity is not in [0, 1], and says which record; or there is none.
     """
     networks: dict[str, list[tuple[Layer, float, float]]] = {}
     with open(path, newline="") as file:
@@ -70,11 +70,14 @@ def read_profile(path: str | Path) -> dict[str, list[tuple[Layer, float, float]]
                 size, in_features, features, kernel, stride = (int(row[name]) for name in names)
                 layer = Layer(size, in_features, features, kernel, stride)
                 sparsities = float(row["input_sparsity"]), float(row["output_grad_sparsity"])
+                layers = networks.setdefault(row["network"], [])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: record {index}: missing or malformed column: {error}") from error
             if not all(0 <= value <= 1 for value in sparsities):
                 raise ValueError(f"{path}: record {index}: sparsities {sparsities} are not in [0, 1]")
-            networks.setdefault(row["network"], []).append((layer, *sparsities))
+            layers.append((layer, *sparsities))
+    if not networks:
+        raise ValueError(f"{path}: no records")
     return networks
 
 
@@ -190,15 +193,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--profile", default=str(PROFILE), metavar="FILE", help="recorded sparsity of each layer")
     parser.add_argument("--networks", help="comma list of networks of the profile; default all")
     parser.add_argument("--masked", action="store_true", help="BWI with relu_input=True")
-    parser.add_argument("--grid", type=float, default=0.0, help="round sparsities to multiples of this: fewer cases")
-    parser.add_argument("--mask", choices=common.MASKS, default="iid")
-    parser.add_argument("--mode", choices=("auto", "sparse", "dense"), default="auto")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--budget", type=float, default=0.2, help="seconds for each competitor of each case")
+    parser.add_argument(
+        "--grid", type=common.fraction, default=0.0, help="round sparsities to multiples of this: fewer cases"
+    )
+    common.add_options(parser, budget=0.2)
     parser.add_argument("--csv", metavar="FILE", help="totals")
     parser.add_argument("--layers-csv", metavar="FILE", help="every measured case")
-    parser.add_argument("--plot", metavar="FILE")
-    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     try:
         profile = read_profile(arguments.profile)
@@ -229,8 +229,7 @@ def main(argv: Sequence[str]) -> None:
     by_case = {case: by_key[case.key] for case in cases}
     totals = [total for name, counts in arguments.counts.items() for total in totals_of(name, counts, by_case)]
     print_totals(totals, records[0], arguments.masked, console)
-    if totals[0].onednn_ms is None:
-        console.print("No oneDNN columns: PyTorch is not installed (pip install '.\\[bench]').")
+    common.print_missing_onednn(console)
     if arguments.csv:
         common.write_csv(arguments.csv, totals)
     if arguments.layers_csv:

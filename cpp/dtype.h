@@ -9,7 +9,6 @@
 //              be subnormal. bfloat16 ones are where the float32 sum was, which flushing threads do not produce.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace sparsetrain {

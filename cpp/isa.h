@@ -28,7 +28,7 @@ const Machine& machine();
 // GF/s of one thread that does nothing but multiply-adds in registers: the median of short bursts over `seconds`.
 double measure_peak(double seconds);
 
-// How often each path ran, for tests and explain: "conv_fwd/sparse", ... FWD and BWI count tiles, BWW counts calls.
+// How often each path ran, for tests and benchmarks: "conv_fwd/sparse", ... FWD and BWI count tiles, BWW counts calls.
 // `path` must be one of the names in isa.cc.
 void count(const char* path);
 std::vector<std::pair<std::string, int64_t>> counters();

@@ -159,7 +159,7 @@ def batches(data: Batch, size: int, epochs: int, seed: int) -> Iterator[Batch]:
 
 @dataclasses.dataclass
 class Run:
-    """What a run recorded; `stock` is None without --compare. Sparsities: (step, {layer: fraction})."""
+    """What a run recorded; `stock` is None with --no-compare. Sparsities: (step, {layer: fraction})."""
 
     sparse: Trainer
     stock: Trainer | None

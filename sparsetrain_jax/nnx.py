@@ -100,7 +100,12 @@ def sparsify(model: _M) -> _M:
 
     Parameters stay as they are. ``relu_input`` stays False: nothing is known of what the layers are fed with. Layers
     whose ``conv_general_dilated`` was supplied by the user keep it.
+
+    Raises:
+      TypeError: if ``model`` is not an nnx object.
     """
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(f"model must be an nnx module, got {model!r}; for functions there is sparsetrain_jax.sparsify")
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Conv) and node.conv_general_dilated is stock_convolution:
             node.conv_general_dilated = ConvHook()

@@ -130,7 +130,6 @@ def test_nan_in_x_is_active_and_negative_zero_is_not(isa: str) -> None:
         assert not np.signbit(got[x == 0]).any()
 
 
-@pytest.mark.skipif(TARGET not in native.TARGETS, reason="the native module is older")
 @pytest.mark.parametrize(
     ("mode", "zeros_of_x", "zeros_of_g", "path"),
     [
@@ -159,7 +158,6 @@ def test_the_path_follows_mode_and_measured_zeros(
     assert (counters["conv_bwd_input/sparse"] + counters["conv_bwd_input/dense"] == 0) == product
 
 
-@pytest.mark.skipif(TARGET not in native.TARGETS, reason="the native module is older")
 def test_a_mask_of_another_shape_is_an_error_of_the_call() -> None:
     g, rhs = jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 1, 8, 8))
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((1, 4, 4, 8), jnp.float32))
