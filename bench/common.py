@@ -774,6 +774,13 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def output_file(text: str) -> str:
+    """A type of argparse: a file that can be written when the work is done."""
+    if not Path(text).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(text).parent} is not a directory")
+    return text
+
+
 def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
     """The options of all benchmarks."""
     parser.add_argument("--mask", choices=MASKS, default="iid", help="how zeros are spread")
@@ -782,7 +789,7 @@ def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
     parser.add_argument(
         "--budget", type=positive(float), default=budget, help="seconds for each competitor of each case"
     )
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--plot", type=output_file, metavar="FILE")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
 
 

@@ -62,8 +62,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="comma list of onednn, xla, sparse, dense (the latter: our own forced modes); empty for none",
     )
     parser.add_argument("--no-untuned", action="store_true", help="skip the second pass in an untuned environment")
-    parser.add_argument("--csv", metavar="FILE")
-    parser.add_argument("--markdown", metavar="FILE", help="the ratios as a Markdown table, as in the README")
+    parser.add_argument("--csv", type=common.output_file, metavar="FILE")
+    parser.add_argument(
+        "--markdown", type=common.output_file, metavar="FILE", help="the ratios as a Markdown table, as in the README"
+    )
     parser.add_argument("--memory", action="store_true", help="report the peak memory of one call instead of its time")
     common.add_options(parser, budget=0.3)
     parser.add_argument("--untuned-child", action="store_true", help=argparse.SUPPRESS)

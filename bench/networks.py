@@ -197,8 +197,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--grid", type=common.fraction, default=0.0, help="round sparsities to multiples of this: fewer cases"
     )
     common.add_options(parser, budget=0.2)
-    parser.add_argument("--csv", metavar="FILE", help="totals")
-    parser.add_argument("--layers-csv", metavar="FILE", help="every measured case")
+    parser.add_argument("--csv", type=common.output_file, metavar="FILE", help="totals")
+    parser.add_argument("--layers-csv", type=common.output_file, metavar="FILE", help="every measured case")
     arguments = parser.parse_args(argv)
     try:
         profile = read_profile(arguments.profile)

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -305,6 +306,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="train_digits.png", metavar="FILE")
     arguments = parser.parse_args()
+    if min(arguments.epochs, arguments.batch) < 1:
+        parser.error("--epochs and --batch must be positive")
+    if not Path(arguments.plot).resolve().parent.is_dir():
+        parser.error(f"--plot: {Path(arguments.plot).parent} is not a directory")
     console = Console()
     training, test = load(arguments.seed)
     if arguments.epochs < 1 or not 1 <= arguments.batch <= len(training[0]):
