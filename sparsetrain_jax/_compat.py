@@ -74,6 +74,19 @@ def is_captured(module: nnx.Module) -> bool:
     return hasattr(module, "__captures__") or not hasattr(nnx, "capture")
 
 
+def raw_value(variable: nnx.Variable[Any]) -> Any:
+    """What an nnx Variable holds, without its hooks."""
+    return variable.get_raw_value() if hasattr(nnx.Variable, "get_raw_value") else variable.raw_value
+
+
+def set_raw_value(variable: nnx.Variable[Any], value: Any) -> None:
+    """Make an nnx Variable hold ``value``; Flax raises if that is not allowed here."""
+    if hasattr(nnx.Variable, "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value
+
+
 def plain_types() -> AbstractContextManager[Any]:
     """A context in which arrays have no explicit shardings."""
     return mesh.use_abstract_mesh(mesh.empty_abstract_mesh)

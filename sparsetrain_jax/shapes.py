@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
         items = (operator.index(value),) * rank
     except TypeError:
         try:
-            items = tuple(operator.index(v) for v in value)
+            items = tuple(operator.index(v) for v in _in_order(value))
         except TypeError:
             raise TypeError(f"{name} must be {accepted}, got {value!r}") from None
     if len(items) != rank or any(v < 1 for v in items):
@@ -120,9 +120,15 @@ def per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
     return items
 
 
-def _pair(item: Any) -> Any:
+def _in_order(values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (Mapping, Set)):
+        raise TypeError("not a sequence")
+    return tuple(values)
+
+
+def _pair(item: Any) -> tuple[Any, ...]:
     try:
-        return tuple(item)
+        return _in_order(item)
     except TypeError:
         return item, item
 
@@ -146,7 +152,7 @@ def padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
     except TypeError:
         pass
     try:
-        items = list(padding)
+        items = _in_order(padding)
     except TypeError:
         raise TypeError(f"padding must be {accepted} pairs, got {padding!r}") from None
     pairs = []

@@ -9,6 +9,7 @@ On the way, :mod:`~sparsetrain_jax.facts` proves for which convolutions ``relu_i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -70,8 +71,8 @@ def sparsify(fn: Callable[..., Any] | None = None, *, explain: bool = False) -> 
 
     @functools.wraps(fn, updated=())
     def sparse(*args: Any, **kwargs: Any) -> Any:
-        with nnx.update_context(_NNX_TAG):
-            traced = _trace(*_unbound(fn, args, kwargs))
+        with _nnx_context():
+            traced = _trace(fn, args, kwargs, explain)
             closed, reports = _rewrite(traced.jaxpr, explain)
             return SparsifyReport(reports) if explain else traced.evaluate(closed)
 
@@ -198,7 +199,7 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array)
 
 
-def _is_traced(leaf: Any) -> bool:
+def _is_array_or_type(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
 
 
@@ -214,66 +215,89 @@ def _is_none(node: Any) -> bool:
 _NNX_TAG = "sparsetrain_jax.sparsify"
 
 
-def _unbound(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """``fn`` and its arguments, with those that it is bound to: an nnx model among them is an argument, too."""
-    while True:
-        if isinstance(fn, functools.partial):
-            fn, args, kwargs = fn.func, (*fn.args, *args), {**fn.keywords, **kwargs}
-        elif isinstance(fn, types.MethodType) and _is_nnx(fn.__self__):
-            fn, args = fn.__func__, (fn.__self__, *args)
-        elif _is_nnx(fn):
-            fn, args = type(fn).__call__, (fn, *args)
-        else:
-            return fn, args, kwargs
+@contextlib.contextmanager
+def _nnx_context() -> Iterator[None]:
+    with nnx.update_context(_NNX_TAG) as context:
+        context.static_cache = None  # nnx.cached_partial's is meant for the next nnx.jit
+        yield
 
 
-def _trace(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Traced:
-    """``function`` with everything but JAX arrays closed over; its results may contain anything, too.
+def _bound(fn: Any) -> tuple[Callable[..., Any], Any]:
+    """``function`` and the nnx objects ``held`` that ``fn`` is bound to: ``function(held, ...)`` is ``fn(...)``."""
+    if type(fn) in (functools.partial, jax.tree_util.Partial):
+        inner, inner_held = _bound(fn.func)
+        leaves, structure = jax.tree.flatten((fn.args, fn.keywords), is_leaf=_is_nnx)
+
+        def function(held: Any, *args: Any, **kwargs: Any) -> Any:
+            own, named = jax.tree.unflatten(structure, _filled(leaves, map(_is_nnx, leaves), held[1]))
+            return functools.partial(inner, held[0], *own, **named)(*args, **kwargs)
+
+        return function, (inner_held, list(filter(_is_nnx, leaves)))
+    if isinstance(fn, types.MethodType) and _is_nnx(fn.__self__):
+        return fn.__func__, fn.__self__
+    if _is_nnx(fn) and not isinstance(inspect.getattr_static(type(fn), "__call__", None), staticmethod):
+        return type(fn).__call__, fn
+    return lambda held, *args, **kwargs: fn(*args, **kwargs), ()
+
+
+def _trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], explain: bool = False) -> _Traced:
+    """``fn`` with everything but JAX arrays closed over; its results may contain anything, too.
 
     It gets copies of the nnx objects among its arguments, since those hold arrays; copies share what the objects share.
     What it changes in them (running averages, counters of random numbers, attributes) is one more result, by which
-    ``outputs`` changes the objects themselves. Both are to be called in one ``nnx.update_context``.
+    ``outputs`` changes the objects themselves. Both are to be called in one ``_nnx_context``. With ``explain``, types
+    may stand for arrays.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_nnx)
+    is_traced = _is_array_or_type if explain else _is_array
+    function, held = _bound(fn)
+    leaves, structure = jax.tree.flatten(((held, *args), kwargs), is_leaf=_is_nnx)
     objects = [leaf for leaf in leaves if _is_nnx(leaf)]
     tag = _NNX_TAG if objects else None
     with nnx.split_context(tag) as context:
-        graph, state = context.split(objects)
+        graph, state = context.flatten(objects, with_paths=False)
     others = [None if _is_nnx(leaf) else leaf for leaf in leaves]
     values, contents = jax.tree.flatten((others, state), is_leaf=_is_none)
-    arrays = [value for value in values if _is_traced(value)]
+    arrays = [value for value in values if is_traced(value)]
     results: list[Any] = []
 
-    def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
-        others, state = jax.tree.unflatten(contents, _filled(values, map(_is_traced, values), arrays))
+    def of_arrays(*arrays_in_arguments: jax.Array) -> list[jax.Array]:
+        others, state = jax.tree.unflatten(contents, _filled(values, map(is_traced, values), arrays_in_arguments))
         with nnx.merge_context(tag, inner=True if objects else None) as context:
-            copies = context.merge(graph, state)
-        before = _parts(copies)
+            copies = context.unflatten(graph, state)
+        before = _Snapshot.of(copies)
         given = jax.tree.unflatten(structure, _filled(others, map(_is_nnx, leaves), copies))
         out_leaves, out_structure = jax.tree.flatten(function(*given[0], **given[1]), is_leaf=_is_nnx)
+        after = _Snapshot.of(copies)
         made = [leaf for leaf in out_leaves if _is_nnx(leaf)]
+        old = [before.index_of(node) for node in made]
+        changed = before.changed(after)
         out_graph = out_state = None
-        changed = not _same(before, _parts(copies))
-        if changed or made:
+        if changed is None or None in old:
+            # Other objects, or other attributes of theirs: all is put together anew.
             with nnx.split_context(tag) as context:
-                out_graph, out_state = context.split((copies if changed else [], made))
+                out_graph, out_state = context.flatten((copies if changed is None else [], made), with_paths=False)
+        news = [after.values[i] for i in changed or ()]
         out_others = [None if _is_nnx(leaf) else leaf for leaf in out_leaves]
-        out, out_contents = jax.tree.flatten((out_others, out_state), is_leaf=_is_none)
+        out, out_contents = jax.tree.flatten((out_others, out_state, news), is_leaf=_is_none)
         constants = [None if _is_array(leaf) else leaf for leaf in out]
         kinds = list(map(_is_array, out)), list(map(_is_nnx, out_leaves))
-        results[:] = constants, *kinds, out_contents, out_graph, out_structure
+        results[:] = constants, *kinds, out_contents, out_graph, out_structure, changed or (), old
         return [leaf for leaf in out if _is_array(leaf)]
 
-    _name_after(of_arrays, function)
+    _name_after(of_arrays, fn)
     jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
 
     def outputs(values: Sequence[jax.Array]) -> Any:
-        constants, is_array, is_nnx, out_contents, out_graph, out_structure = results
-        others, state = jax.tree.unflatten(out_contents, _filled(constants, is_array, values))
-        made: Sequence[Any] = ()
-        if out_graph is not None:
+        constants, is_array, is_nnx, out_contents, out_graph, out_structure, changed, old = results
+        others, state, news = jax.tree.unflatten(out_contents, _filled(constants, is_array, values))
+        own = _Snapshot.of(objects)
+        for index, value in zip(changed, news, strict=True):
+            _compat.set_raw_value(own.variables[index], value)
+        if out_graph is None:
+            made = [own.nodes[index] for index in old]
+        else:
             with nnx.merge_context(tag, inner=False if objects else None) as context:
-                _, made = context.merge(out_graph, state)
+                _, made = context.unflatten(out_graph, state)
         return jax.tree.unflatten(out_structure, _filled(others, is_nnx, made))
 
     return _Traced(jaxpr, arrays, outputs)
@@ -285,22 +309,65 @@ def _filled(values: Sequence[Any], where: Iterable[bool], others: Iterable[Any])
     return [next(rest) if is_other else value for value, is_other in zip(values, where, strict=True)]
 
 
-def _parts(objects: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """The graph of nnx objects, and the arrays in it."""
-    with nnx.split_context() as context:
-        graph, state = context.split(objects)
-    return graph, jax.tree.leaves(state)
+@dataclass(frozen=True)
+class _Snapshot:
+    """What nnx objects hold at some time.
 
+    Attributes:
+      parts: all objects and attributes, with their paths.
+      values: of the Variables among them.
+      metadata: of these Variables.
+    """
 
-def _same(before: tuple[Any, list[Any]], after: tuple[Any, list[Any]]) -> bool:
-    (graph, arrays), (other_graph, others) = before, after
-    return len(arrays) == len(others) and all(map(operator.is_, arrays, others)) and graph == other_graph
+    parts: list[tuple[Any, Any]]
+    values: list[Any]
+    metadata: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, objects: Sequence[Any]) -> _Snapshot:
+        parts = list(nnx.iter_graph(objects)) if objects else []
+        variables = [node for _, node in parts if isinstance(node, nnx.Variable)]
+        return cls(parts, list(map(_compat.raw_value, variables)), [dict(v.get_metadata()) for v in variables])
+
+    @property
+    def nodes(self) -> list[Any]:
+        return [node for _, node in self.parts if _is_nnx(node)]
+
+    @property
+    def variables(self) -> list[nnx.Variable[Any]]:
+        return [node for _, node in self.parts if isinstance(node, nnx.Variable)]
+
+    def index_of(self, node: Any) -> int | None:
+        """The place of an object among ``nodes``, if it is one."""
+        return next((i for i, other in enumerate(self.nodes) if other is node), None)
+
+    def changed(self, after: _Snapshot) -> list[int] | None:
+        """The Variables that have another value afterwards; None if more than values has changed."""
+        paths, held = zip(*self.parts, strict=True) if self.parts else ((), ())
+        after_paths, after_held = zip(*after.parts, strict=True) if after.parts else ((), ())
+        if paths != after_paths or not all(map(operator.is_, held, after_held)):
+            return None
+        if any(
+            a.keys() != b.keys() or any(a[k] is not b[k] for k in a)
+            for a, b in zip(self.metadata, after.metadata, strict=True)
+        ):
+            return None
+        changed = []
+        for index, values in enumerate(zip(self.values, after.values, strict=True)):
+            flat: list[Any] = [jax.tree.flatten(v, is_leaf=_is_none) for v in values]
+            (old, old_structure), (new, new_structure) = flat
+            same = old_structure == new_structure and all(map(operator.is_, old, new))
+            if not same:
+                changed.append(index)
+        return changed
 
 
 def _name_after(function: Any, fn: Any) -> None:
     """Makes errors of JAX's name the user's ``fn`` and its line, where they would name our ``function``."""
     function.__signature__ = inspect.signature(function)
-    function.__name__ = getattr(fn, "__name__", function.__name__)
+    name = getattr(fn, "__name__", None)
+    if isinstance(name, str):
+        function.__name__ = name
     function.__wrapped__ = fn
 
 
@@ -353,7 +420,7 @@ def _forward(eqn: Any) -> _Call:
     if eqn.primitive is lax.conv_general_dilated_p:
         return _plan(lhs, rhs, "auto", **_arguments(eqn.params))
     spec = eqn.params["spec"]
-    return _plan(lhs, rhs, spec.mode, out_sharding=None, **_stock_arguments(spec))
+    return _plan(lhs, rhs, spec.mode, **_stock_arguments(spec))
 
 
 def _stock_arguments(spec: ConvSpec) -> dict[str, Any]:
@@ -368,6 +435,7 @@ def _stock_arguments(spec: ConvSpec) -> dict[str, Any]:
         "batch_group_count": 1,
         "precision": spec.precision,
         "preferred_element_type": spec.result,
+        "out_sharding": None,
     }
 
 
@@ -866,7 +934,7 @@ def _sparse_function(function: Any) -> Any:
     """A custom rule that JAX calls with arrays and symbolic zeros."""
 
     def sparse(*args: Any) -> Any:
-        with nnx.update_context(_NNX_TAG):
+        with _nnx_context():
             traced = _trace(function.call_wrapped, args, {})
             return traced.evaluate(_rewrite(traced.jaxpr, reverse=False)[0])
 

@@ -842,6 +842,8 @@ def test_the_explanation_takes_shapes_alone() -> None:
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (X, W)]
     fun = lambda x, w: conv(relu(x), w)  # noqa: E731
     assert st.sparsify(fun, explain=True)(*shapes) == st.sparsify(fun, explain=True)(X, W)
+    like = shapes[0]
+    assert st.sparsify(lambda x, s: (conv(x, W), s))(X, like)[1] is like  # no array but for an explanation
 
 
 def test_the_documentation_lists_the_rules_of_the_code() -> None:
@@ -1107,6 +1109,45 @@ def test_attributes_that_fn_changes_are_changed() -> None:
     assert model.extra.shape == (3,) and model.calls == 0
     st.sparsify(lambda model: setattr(model, "calls", 7))(model)
     assert model.calls == 7
+
+
+def test_values_that_variables_exchange_or_reshape_are_changed() -> None:
+    a, b, c = nnx.Variable(None), nnx.Variable(jnp.ones(3)), nnx.Variable({"old": jnp.ones(2)})
+
+    def fn(a: nnx.Variable, b: nnx.Variable, c: nnx.Variable, x: jax.Array) -> jax.Array:
+        one, other = _compat.raw_value(a), _compat.raw_value(b)
+        _compat.set_raw_value(a, other)
+        _compat.set_raw_value(b, one)
+        _compat.set_raw_value(c, {"new": _compat.raw_value(c)["old"]})
+        return conv(x, W)
+
+    st.sparsify(fn)(a, b, c, X)
+    assert _compat.raw_value(a).shape == (3,) and _compat.raw_value(b) is None
+    assert list(_compat.raw_value(c)) == ["new"]
+
+
+def test_only_what_fn_changes_is_written() -> None:
+    # Parameters of an outer trace must not be written to, statistics of this one may be.
+    graph, params, rest = nnx.split(Shares(nnx.Rngs(0)), nnx.Param, ...)
+
+    @jax.jit
+    def step(rest: Any, x: jax.Array) -> Any:
+        model = nnx.merge(graph, params, rest)
+        y, same = st.sparsify(lambda model, x: (model.norms[0](model.first(x)), model))(model, x)
+        assert same is model
+        return y, nnx.state(model, nnx.BatchStat)
+
+    y, statistics = step(rest, X)
+    assert y.shape == X.shape and any(np.asarray(leaf).any() for leaf in jax.tree.leaves(statistics))
+
+
+def test_a_partial_keeps_arrays_closed_over() -> None:
+    def fn(count: jax.Array, mask: jax.Array, x: jax.Array) -> jax.Array:
+        return energy(conv(relu(x) * mask, W)) * int(count)
+
+    mask = (jnp.arange(4) % 2).astype(X.dtype)
+    for partial in (functools.partial, jax.tree_util.Partial):
+        assert proven(partial(fn, jnp.int32(3), mask), X) == [True]
 
 
 def test_an_nnx_object_that_fn_returns_is_the_argument_or_a_new_one() -> None:
