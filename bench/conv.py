@@ -69,7 +69,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="report the peak memory of one call instead of its time")
     common.add_options(parser, budget=0.3)
     parser.add_argument("--untuned-child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory-of", choices=(common.OURS, common.ONEDNN, common.XLA, *common.FORCED), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args(argv)
     try:
         arguments.cases = [] if arguments.shapes == "list" else build_cases(arguments)

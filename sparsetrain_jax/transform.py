@@ -314,12 +314,14 @@ class _Snapshot:
     """What nnx objects hold at some time.
 
     Attributes:
-      parts: all objects and attributes, with their paths.
+      paths: of all objects and attributes.
+      held: these objects and attributes.
       values: of the Variables among them.
       metadata: of these Variables.
     """
 
-    parts: list[tuple[Any, Any]]
+    paths: list[Any]
+    held: list[Any]
     values: list[Any]
     metadata: list[dict[str, Any]]
 
@@ -327,15 +329,20 @@ class _Snapshot:
     def of(cls, objects: Sequence[Any]) -> _Snapshot:
         parts = list(nnx.iter_graph(objects)) if objects else []
         variables = [node for _, node in parts if isinstance(node, nnx.Variable)]
-        return cls(parts, list(map(_compat.raw_value, variables)), [dict(v.get_metadata()) for v in variables])
+        return cls(
+            [path for path, _ in parts],
+            [node for _, node in parts],
+            list(map(_compat.raw_value, variables)),
+            [dict(variable.get_metadata()) for variable in variables],
+        )
 
     @property
     def nodes(self) -> list[Any]:
-        return [node for _, node in self.parts if _is_nnx(node)]
+        return list(filter(_is_nnx, self.held))
 
     @property
     def variables(self) -> list[nnx.Variable[Any]]:
-        return [node for _, node in self.parts if isinstance(node, nnx.Variable)]
+        return [node for node in self.held if isinstance(node, nnx.Variable)]
 
     def index_of(self, node: Any) -> int | None:
         """The place of an object among ``nodes``, if it is one."""
@@ -343,9 +350,7 @@ class _Snapshot:
 
     def changed(self, after: _Snapshot) -> list[int] | None:
         """The Variables that have another value afterwards; None if more than values has changed."""
-        paths, held = zip(*self.parts, strict=True) if self.parts else ((), ())
-        after_paths, after_held = zip(*after.parts, strict=True) if after.parts else ((), ())
-        if paths != after_paths or not all(map(operator.is_, held, after_held)):
+        if self.paths != after.paths or not all(map(operator.is_, self.held, after.held)):
             return None
         if any(
             a.keys() != b.keys() or any(a[k] is not b[k] for k in a)
