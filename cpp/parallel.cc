@@ -56,7 +56,8 @@ struct Gang {
 };
 
 struct FreeList {
-  static constexpr size_t kMaxBlocks = 8, kMaxBytes = size_t{1} << 28;
+  static constexpr ptrdiff_t kMaxBlocks = 8;
+  static constexpr size_t kMaxBytes = size_t{1} << 28;
   struct Block {
     void* data;
     size_t bytes;
@@ -135,15 +136,18 @@ SharedBuffer::SharedBuffer(size_t bytes) : data_(nullptr), bytes_(bytes) {
 
 SharedBuffer::~SharedBuffer() {
   FreeList& list = free_list();
-  std::lock_guard<std::mutex> lock(list.mutex);
-  list.blocks.push_back({data_, bytes_});
-  size_t bytes = 0;
-  for (const FreeList::Block& block : list.blocks) bytes += block.bytes;
-  while (list.blocks.size() > FreeList::kMaxBlocks || bytes > FreeList::kMaxBytes) {
-    bytes -= list.blocks.front().bytes;
-    std::free(list.blocks.front().data);
-    list.blocks.erase(list.blocks.begin());
+  std::vector<FreeList::Block> evicted;  // freed without the lock
+  {
+    std::lock_guard<std::mutex> lock(list.mutex);
+    list.blocks.push_back({data_, bytes_});
+    size_t bytes = 0;
+    for (const FreeList::Block& block : list.blocks) bytes += block.bytes;
+    auto kept = list.blocks.begin();
+    for (; list.blocks.end() - kept > FreeList::kMaxBlocks || bytes > FreeList::kMaxBytes; ++kept) bytes -= kept->bytes;
+    evicted.assign(list.blocks.begin(), kept);
+    list.blocks.erase(list.blocks.begin(), kept);
   }
+  for (const FreeList::Block& block : evicted) std::free(block.data);
 }
 
 }  // namespace sparsetrain
