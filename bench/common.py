@@ -35,11 +35,13 @@ import numpy as np
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Large outputs are mapped afresh on each call unless malloc keeps them, and spinning OpenMP threads slow whatever runs
-# next: both are switched off for all competitors, and a second pass without this shows what it was worth.
+# Large blocks are mapped afresh on each call unless malloc keeps them (and XLA's temporaries even then, unless its
+# threads share one heap), and spinning OpenMP threads slow whatever runs next: both are switched off for all
+# competitors, and a second pass without this shows what it was worth.
 TUNING = {
     "OMP_WAIT_POLICY": "passive",
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=2147483648:glibc.malloc.trim_threshold=8589934592",
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=2147483648:glibc.malloc.trim_threshold=8589934592"
+    ":glibc.malloc.arena_max=1",
 }
 
 FWD, BWI, BWW_LHS, BWW_G, BWI_MASKED = "fwd", "bwd_input", "bwd_weights_lhs", "bwd_weights_g", "bwd_input_masked"
