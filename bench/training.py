@@ -166,7 +166,7 @@ def flax_trainer(name: str, images: np.ndarray, labels: np.ndarray, competitor: 
             name, padding = self._name("conv"), [(kernel // 2,) * 2] * 2
             init = nn.initializers.he_normal()
             y = layer(features, (kernel,) * 2, stride, padding, use_bias=bias, kernel_init=init, name=name)(x)
-            work = y.size * kernel**2 * x.shape[-1]
+            work = float(y.size * kernel**2 * x.shape[-1])
             self._module.sow("zeros", f"{name}_zeros", jnp.array([work, work * st.sparsity(x)]))
             return y
 

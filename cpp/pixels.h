@@ -49,11 +49,11 @@ inline int64_t strided_count(int64_t size, int64_t start, int64_t step) {
   return start < size ? ceil_div(size - start, step) : 0;
 }
 
-// Pixels phase, phase + stride, ..., for each phase, none perhaps, and the taps that they meet, none perhaps, in the
+// Pixels phase, phase + stride, ..., for each phase that has any, and the taps that they meet, none perhaps, in the
 // order in which these meet ascending pixels of out.
 inline std::vector<AxisClass> split_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
   std::vector<AxisClass> classes;
-  for (int64_t phase = 0; phase < stride; ++phase) {
+  for (int64_t phase = 0; phase < std::min(stride, size); ++phase) {
     const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
     const int64_t taps = residue < kernel ? ceil_div(kernel - residue, stride) : 0;
     const int64_t last = residue + (taps - 1) * stride;

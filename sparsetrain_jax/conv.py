@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from . import _compat, native, primitives
-from .shapes import MODES, ConvSpec, padding_pairs, per_axis
+from .shapes import LARGEST, MODES, ConvSpec, padding_pairs, per_axis
 
 __all__ = ["Component", "ConvHook", "Explanation", "conv_general_dilated", "explain", "sparse_conv"]
 
@@ -134,7 +134,7 @@ def _precision(precision: Any) -> tuple[bool, Any]:
         if isinstance(precision, (tuple, list)):
             return len(precision) == 2, tuple(None if p is None else lax.Precision(p) for p in precision)
         return True, None if precision is None else lax.Precision(precision)
-    except ValueError:
+    except (TypeError, ValueError):
         return False, None
 
 
@@ -169,7 +169,7 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
     try:
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, call.dimension_numbers)
         lhs_spec, rhs_spec, out_spec = (tuple(map(operator.index, axes)) for axes in numbers)
-    except (TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         return f"dimension_numbers: {error}"
     lhs_axes = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
     rhs_axes = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
@@ -192,6 +192,8 @@ def _route(call: _Call, lhs: Any, rhs: Any, mode: str) -> _Route | str:
         return f"padding: {error}"
     if len(padding) != spatial or any(p < 0 for pair in padding for p in pair):
         return f"padding {call.padding} is not {spatial} pairs of non-negative integers"
+    if max(*strides, *(p for pair in padding for p in pair)) > LARGEST:
+        return f"window_strides {strides} or padding {padding} are above {LARGEST}"
     if spatial == 1:  # one row, seen by a kernel of one row
         size, window, strides, padding = (1, *size), (1, *window), (1, *strides), ((0, 0), *padding)
     (top, bottom), (left, right) = padding
@@ -228,6 +230,12 @@ def _plan(lhs: Any, rhs: Any, mode: str, **arguments: Any) -> _Call:
 def _check_mode(mode: Any) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+
+
+def _checked_promise(relu_input: Any) -> bool:
+    if not isinstance(relu_input, (bool, np.bool_)):
+        raise TypeError(f"relu_input must be True or False, got {relu_input!r}")
+    return bool(relu_input)
 
 
 def _array(x: Any) -> Any:
@@ -295,7 +303,7 @@ def sparse_conv(
         preferred_element_type=preferred_element_type,
         mode=mode,
     )
-    return call(lhs, rhs, bool(relu_input))
+    return call(lhs, rhs, _checked_promise(relu_input))
 
 
 def _sparse_conv_call(
@@ -450,7 +458,7 @@ class ConvHook:
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
-        return call(lhs, rhs, self.relu_input)
+        return call(lhs, rhs, _checked_promise(self.relu_input))
 
 
 def _frozen(value: Any) -> Any:
@@ -508,7 +516,7 @@ def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: An
         raise ValueError(f"density must be a fraction of non-zeros from 0 to 1, got {density}")
     if unknown := arguments.keys() - inspect.signature(sparse_conv).parameters:
         raise TypeError(f"explain takes the arguments of sparse_conv, got {', '.join(map(repr, sorted(unknown)))}")
-    relu_input = bool(arguments.pop("relu_input", False))
+    relu_input = _checked_promise(arguments.pop("relu_input", False))
     return explain_call(*_sparse_conv_call(lhs, rhs, **arguments), density, relu_input)
 
 

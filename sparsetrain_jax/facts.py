@@ -158,7 +158,8 @@ def meet(first: Facts, second: Facts) -> Facts:
     magnitude = None
     if first.magnitude is not None and second.magnitude is not None:
         magnitude = (min(first.magnitude[0], second.magnitude[0]), max(first.magnitude[1], second.magnitude[1]))
-    blame = second if first.qualifies and not second.qualifies else first
+    # What fails is to blame; where neither does, what has a gradient leads to the proof.
+    blame = second if first.qualifies and (first.fixed or not second.qualifies) else first
     return Facts(
         first.qualifies and second.qualifies,
         first.nonnegative and second.nonnegative,

@@ -22,10 +22,13 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MODES", "ConvSpec", "output_size", "padding_pairs", "per_axis"]
+__all__ = ["LARGEST", "MODES", "ConvSpec", "output_size", "padding_pairs", "per_axis"]
 
 #: Accepted values of ``mode``, in the order of their numbers in the custom calls' ``mode`` attribute.
 MODES = ("auto", "sparse", "dense")
+
+#: The largest stride, dilation or padding: what fits the integers of XLA's windows everywhere.
+LARGEST = 2**31 - 1
 
 #: Accepted padding strings; those of ``jax.lax.conv_general_dilated``.
 PADDINGS = ("SAME", "SAME_LOWER", "VALID")
@@ -105,7 +108,7 @@ def per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
     Raises:
       TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
-    accepted = f"an integer of at least 1 or a sequence of {rank} of them"
+    accepted = f"an integer of at least 1 and at most {LARGEST} or a sequence of {rank} of them"
     if value is None:
         value = 1
     try:
@@ -115,7 +118,7 @@ def per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
             items = tuple(operator.index(v) for v in _in_order(value))
         except TypeError:
             raise TypeError(f"{name} must be {accepted}, got {value!r}") from None
-    if len(items) != rank or any(v < 1 for v in items):
+    if len(items) != rank or any(not 1 <= v <= LARGEST for v in items):
         raise ValueError(f"{name} must be {accepted}, got {value!r}")
     return items
 
@@ -142,6 +145,13 @@ def padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
     Raises:
       TypeError, ValueError: naming what was given and what is accepted.
     """
+    pairs = _padding_pairs(padding, rank)
+    if not isinstance(pairs, str) and any(abs(p) > LARGEST for pair in pairs for p in pair):
+        raise ValueError(f"padding must not be larger than {LARGEST}, got {padding!r}")
+    return pairs
+
+
+def _padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
     accepted = f"one of {', '.join(map(repr, PADDINGS))}, an integer, or a sequence of {rank} integers or (low, high)"
     if isinstance(padding, str):
         if padding.upper() not in PADDINGS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -392,6 +393,10 @@ def test_arguments_for_each_dimension_may_be_any_sequence() -> None:
             ValueError,
             ["mode='sparse'", "feature_gr"],
         ),
+        ({"strides": 2**31}, ValueError, ["strides", str(2**31), str(2**31 - 1)]),
+        ({"padding": ((0, 2**70), (0, 0))}, ValueError, ["padding", str(2**70), str(2**31 - 1)]),
+        ({"relu_input": "False"}, TypeError, ["relu_input", "'False'", "True or False"]),
+        ({"precision": {}}, ValueError, ["Precision"]),
         ({"rhs": (3, 3, 5, 4)}, ValueError, ["rhs", "6 features", "(3, 3, 5, 4)"]),
         ({"rhs": (3, 3, 6)}, ValueError, ["rhs", "rank", "(3, 3, 6)"]),
         ({"lhs": (5, 6)}, ValueError, ["lhs", "rank", "(5, 6)"]),
@@ -408,6 +413,21 @@ def test_bad_arguments_raise_naming_the_argument_what_was_given_and_what_is_acce
         with pytest.raises(exception) as caught:
             call(lhs, rhs, **(arguments if call is st.sparse_conv else {}))
         assert all(piece in str(caught.value) for piece in pieces), caught.value
+
+
+@pytest.mark.parametrize("stride", [10**7, 2**31 - 1])
+def test_work_does_not_grow_with_a_stride_beyond_the_input(stride: int) -> None:
+    lhs, rhs = data(12, (2, 6, 5, 8), (3, 3, 8, 4))
+
+    def gradients(conv: Callable[..., jax.Array]) -> Any:
+        return jax.grad(lambda lhs, rhs: (conv(lhs, rhs) ** 2).sum(), (0, 1))(lhs, rhs)
+
+    start = time.perf_counter()
+    got = gradients(lambda lhs, rhs: st.sparse_conv(lhs, rhs, strides=(stride, 1), mode="sparse"))
+    assert time.perf_counter() - start < 20  # a minute for the smaller stride, before; about half a second now
+    want = gradients(lambda lhs, rhs: lax.conv_general_dilated(lhs, rhs, (stride, 1), "SAME", dimension_numbers=NHWC))
+    for ours, stock in zip(got, want, strict=True):
+        assert_same(ours, stock)
 
 
 def test_mixed_dtypes_are_a_type_error_that_names_both() -> None:

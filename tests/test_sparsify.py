@@ -807,6 +807,17 @@ def test_a_training_step_says_that_the_proof_needs_sparsify_inside() -> None:
 # Explanation
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_explain_names_the_relu_where_a_value_without_gradient_is_the_other_way_there(first: bool) -> None:
+    def fun(x: jax.Array, w: jax.Array) -> jax.Array:
+        ways = (lambda x: jnp.zeros_like(x), jax.nn.relu) if first else (jax.nn.relu, lambda x: jnp.zeros_like(x))
+        return conv(lax.cond(x.sum() > 0, *ways, x), w)
+
+    (report,) = st.sparsify(fun, explain=True)(X, W)
+    assert report.relu_input
+    assert report.proof.startswith("relu at test_sparsify.py")
+
+
 def test_the_explanation_names_source_lines_paths_and_reasons() -> None:
     def fun(x: jax.Array) -> jax.Array:
         h = max_pool(relu(conv(x, W)))
