@@ -6,7 +6,7 @@
 
 All take the same steps: forward, backward, SGD with momentum, float32, images and labels drawn at random. "ours" is the
 stock Flax model with `st.sparsify` around the loss; "SparseConv" is the model with its class swapped and nothing said
-of ReLU. PyTorch runs the same network in channels_last through oneDNN; it counts only as much as it is installed.
+of ReLU. PyTorch, if it is installed, runs the same network in channels_last through oneDNN.
 Where a step's time goes is read from one more step under `jax.profiler` (or PyTorch's). Zeros are those of networks at
 their random start, weighted by the work of the convolutions that meet them; training makes more of them.
 """
@@ -427,25 +427,26 @@ def print_steps(steps: list[Step], console: Console) -> None:
         f"\nTraining steps, batch {first.batch}, {first.size}x{first.size} pixels; {first.isa}, {first.threads} threads"
     )
     table = Table()
-    headings = ("network", "competitor", "ms a step", "x nn.Conv", *PARTS, "x nn.Conv, untuned")
+    headings = ["network", "competitor", "ms a step", f"x {STOCK}", *(f"{part}, ms" for part in PARTS)]
+    if first.untuned_speed is not None:
+        headings.append(f"x {STOCK}, untuned")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     for index, step in enumerate(steps):
         last = index + 1 == len(steps) or steps[index + 1].network != step.network
         head = index == 0 or steps[index - 1].network != step.network
-        table.add_row(
+        cells = [
             f"{step.network} ({step.zeros:.0%} zeros)" if head else "",
             step.competitor,
             f"{step.step_ms:.0f}",
             common.colored_ratio(step.speed),
             *(f"{part:.0f}" for part in step.parts),
             common.colored_ratio(step.untuned_speed),
-            style="bold" if step.competitor == OURS else None,
-            end_section=last,
-        )
+        ]
+        style = "bold" if step.competitor == OURS else None
+        table.add_row(*cells[: len(headings)], style=style, end_section=last)
     console.print(table)
-    if first.untuned_speed is not None:
-        console.print("Untuned: default malloc and OpenMP settings. Parts: of a profiled step, scaled to the median.")
+    console.print("Parts: of a profiled step, scaled to the median. Untuned: default malloc and OpenMP settings.")
 
 
 def plot(steps: list[Step], path: str) -> None:
