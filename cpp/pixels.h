@@ -49,11 +49,19 @@ inline int64_t strided_count(int64_t size, int64_t start, int64_t step) {
   return start < size ? ceil_div(size - start, step) : 0;
 }
 
-// Pixels phase, phase + stride, ..., for each phase that has any, and the taps that they meet, none perhaps, in the
-// order in which these meet ascending pixels of out.
+// Pixels phase, phase + stride, ..., for each phase that has pixels or meets taps, and the taps that they meet, none
+// perhaps, in the order of out. Phases without either, of a stride beyond the input, are left out. (A tap that no pixel
+// meets still has a gradient: zero.)
 inline std::vector<AxisClass> split_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad) {
+  std::vector<int64_t> phases(static_cast<size_t>(std::min(stride, size)));
+  std::iota(phases.begin(), phases.end(), int64_t{0});
+  for (int64_t tap = 0; tap < std::min(stride, kernel); ++tap) {
+    const int64_t phase = floor_mod(tap - pad, stride);
+    if (phase >= size) phases.push_back(phase);
+  }
+  std::sort(phases.begin(), phases.end());
   std::vector<AxisClass> classes;
-  for (int64_t phase = 0; phase < std::min(stride, size); ++phase) {
+  for (const int64_t phase : phases) {
     const int64_t residue = (phase + pad) % stride;  // pixel y meets tap r in out row (y + pad - r) / stride
     const int64_t taps = residue < kernel ? ceil_div(kernel - residue, stride) : 0;
     const int64_t last = residue + (taps - 1) * stride;
