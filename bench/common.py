@@ -787,10 +787,15 @@ def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
     """The options of all benchmarks."""
     parser.add_argument("--mask", choices=MASKS, default="iid", help="how zeros are spread")
     parser.add_argument("--mode", choices=("auto", *FORCED), default="auto")
-    parser.add_argument("--threads", type=positive(int), default=2)
     parser.add_argument(
         "--budget", type=positive(float), default=budget, help="seconds for each competitor of each case"
     )
+    add_process_options(parser)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the options of all benchmarks that say nothing of layers."""
+    parser.add_argument("--threads", type=positive(int), default=2)
     parser.add_argument("--plot", type=output_file, metavar="FILE")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
 
@@ -804,12 +809,17 @@ def print_missing_onednn(console: Console) -> None:
 # ---------------------------------------------------------------------------------------------------------- the process
 
 
-def limit_threads(threads: int) -> None:
-    """Bind this process and its children to `threads` CPUs: XLA sizes its pool by the affinity it starts with."""
+def limit_threads(script: str, threads: int) -> None:
+    """Bind this process and its children to `threads` CPUs: XLA sizes its pool by the affinity it starts with.
+
+    Raises:
+      SystemExit: there are not as many; the message names `script`.
+    """
     if hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         if len(cpus) < threads:
-            raise ValueError(f"--threads: {threads} asked for, this process may use {len(cpus)} CPUs")
+            problem = f"--threads: {threads} asked for, this process may use {len(cpus)} CPUs"
+            raise SystemExit(f"{Path(script).name}: error: {problem}")
         os.sched_setaffinity(0, cpus[-threads:])
 
 

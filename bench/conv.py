@@ -378,10 +378,7 @@ def main(argv: Sequence[str]) -> None:
         records = common.measure(arguments.cases, options, keep)
         common.write_json(arguments.child, [dataclasses.asdict(r) for r in records])
         return
-    try:
-        common.limit_threads(arguments.threads)
-    except ValueError as error:
-        raise SystemExit(f"conv.py: error: {error}") from error
+    common.limit_threads(__file__, arguments.threads)
     if arguments.memory:
         print_memory(arguments, argv, console)
         return

@@ -220,10 +220,7 @@ def main(argv: Sequence[str]) -> None:
         common.write_json(arguments.child, [dataclasses.asdict(record) for record in common.measure(cases, options)])
         return
     console = common.console()
-    try:
-        common.limit_threads(arguments.threads)
-    except ValueError as error:
-        raise SystemExit(f"networks.py: error: {error}") from error
+    common.limit_threads(__file__, arguments.threads)
     records = [Record(**r) for r in common.run_child(__file__, argv, tuned=True, threads=arguments.threads)]
     by_key = {record.key: record for record in records}
     by_case = {case: by_key[case.key] for case in cases}

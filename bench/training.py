@@ -211,12 +211,10 @@ def flax_trainer(name: str, images: np.ndarray, labels: np.ndarray, competitor: 
     batch = jnp.asarray(images), jnp.asarray(labels)
     variables = jax.jit(model.init)(jax.random.key(0), batch[0])
     state = [variables["params"], variables.get("batch_stats", {}), optimizer.init(variables["params"])]
-    sown = jax.jit(lambda variables, x: model.apply(variables, x, mutable=["zeros", "batch_stats"])[1]["zeros"])
-    counted = {key: variables[key] for key in ("params", "batch_stats") if key in variables}
-    work, skipped = np.sum(jax.tree.leaves(sown(counted, batch[0])), axis=0)
+    work, skipped = np.sum(jax.tree.leaves(variables["zeros"]), axis=0)
     compiled = jax.jit(one_step, donate_argnums=(0, 1, 2)).lower(*state, *batch).compile()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
-    del variables, counted
+    del variables
 
     def step() -> float:
         *state[:], loss = compiled(*state, *batch)
@@ -484,12 +482,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=common.positive(int), default=8)
     parser.add_argument("--size", type=common.positive(int), default=224, help="height and width of the images")
     parser.add_argument("--rounds", type=common.positive(int), default=5, help="timed steps of each")
-    parser.add_argument("--threads", type=common.positive(int), default=2)
     parser.add_argument("--no-untuned", action="store_true", help="skip the pass with default malloc settings")
     parser.add_argument("--trace", type=common.output_file, metavar="DIR", help="keep the profiler's traces there")
     parser.add_argument("--csv", type=common.output_file, metavar="FILE")
-    parser.add_argument("--plot", type=common.output_file, metavar="FILE")
-    parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    common.add_process_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.size < 32:
         parser.error("--size: these networks halve an image five times, so at least 32")
@@ -502,18 +498,13 @@ def main(argv: Sequence[str]) -> None:
         common.write_json(arguments.child, [dataclasses.asdict(step) for step in measure(arguments)])
         return
     console = common.console()
-    try:
-        common.limit_threads(arguments.threads)
-    except ValueError as error:
-        raise SystemExit(f"training.py: error: {error}") from error
-    passes = [
+    common.limit_threads(__file__, arguments.threads)
+    steps, *untuned = [
         [Step(**step) for step in common.run_child(__file__, argv, tuned=tuned, threads=arguments.threads)]
         for tuned in ((True,) if arguments.no_untuned else (True, False))
     ]
-    steps = passes[0]
-    for step, untuned in zip(steps, passes[-1], strict=True):
-        if not arguments.no_untuned:
-            step.untuned_step_ms, step.untuned_speed = untuned.step_ms, untuned.speed
+    for step, again in zip(steps, *untuned, strict=True) if untuned else ():
+        step.untuned_step_ms, step.untuned_speed = again.step_ms, again.speed
     print_steps(steps, console)
     common.print_missing_onednn(console)
     if arguments.csv:

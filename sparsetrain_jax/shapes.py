@@ -145,26 +145,19 @@ def padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
     Raises:
       TypeError, ValueError: naming what was given and what is accepted.
     """
-    pairs = _padding_pairs(padding, rank)
-    if not isinstance(pairs, str) and any(abs(p) > LARGEST for pair in pairs for p in pair):
-        raise ValueError(f"padding must not be larger than {LARGEST}, got {padding!r}")
-    return pairs
-
-
-def _padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
     accepted = f"one of {', '.join(map(repr, PADDINGS))}, an integer, or a sequence of {rank} integers or (low, high)"
     if isinstance(padding, str):
         if padding.upper() not in PADDINGS:
             raise ValueError(f"padding must be {accepted} pairs, got {padding!r}")
         return padding.upper()
+    items: tuple[Any, ...]
     try:
-        return ((operator.index(padding),) * 2,) * rank
+        items = (operator.index(padding),) * rank
     except TypeError:
-        pass
-    try:
-        items = _in_order(padding)
-    except TypeError:
-        raise TypeError(f"padding must be {accepted} pairs, got {padding!r}") from None
+        try:
+            items = _in_order(padding)
+        except TypeError:
+            raise TypeError(f"padding must be {accepted} pairs, got {padding!r}") from None
     pairs = []
     for item in items:
         try:
@@ -174,4 +167,6 @@ def _padding_pairs(padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]
             raise ValueError(f"padding must be {accepted} pairs, got {padding!r}") from None
     if len(pairs) != rank:
         raise ValueError(f"padding must be {accepted} pairs, got {padding!r}")
+    if any(abs(p) > LARGEST for pair in pairs for p in pair):
+        raise ValueError(f"padding must not be larger than {LARGEST}, got {padding!r}")
     return tuple(pairs)
