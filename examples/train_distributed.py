@@ -7,7 +7,9 @@
 Every process computes its part of each batch; `jax.distributed` connects them, and `jit` over a mesh of all devices
 sums the gradients with XLA's CPU collectives (gloo). With `--checkpoints DIR`, which all hosts must share, orbax saves
 every `--save-every` steps, and the same command resumes where the last checkpoint was made, with the bits of a run that
-was never interrupted. SIGTERM to any process saves a checkpoint and ends the run in order.
+was never interrupted, if each process has one CPU (as with `--local 2` on two): with more threads XLA:CPU itself does
+not always repeat its bits (https://github.com/jax-ml/jax/issues/39741). SIGTERM to any process saves a checkpoint and
+ends the run in order.
 
 A run that loses a process ends with an error within a minute: a closed connection fails the collective that waits on it
 at once, and a silent one (a host without power, a stopped process) is found by the heartbeats of `jax.distributed`.

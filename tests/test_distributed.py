@@ -55,15 +55,23 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def launch(environment: dict[str, str], processes: int, output: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """Starts the processes of a run one by one, as on so many hosts; each writes to `output`.<index>."""
+    """Starts the processes of a run one by one, as on so many hosts of one CPU; each writes to `output`.<index>.
+
+    With more than one thread, XLA:CPU itself does not always repeat its bits (github.com/jax-ml/jax/issues/39741).
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--num-processes", str(processes))
     started = []
-    for index in range(processes):
-        command = [sys.executable, str(EXAMPLE), *place, "--process-id", str(index), *SETTINGS, *arguments]
-        with output.with_suffix(f".{index}").open("w") as file:
-            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    cpus = sorted(os.sched_getaffinity(0))
+    try:
+        for index in range(processes):
+            os.sched_setaffinity(0, {cpus[index % len(cpus)]})  # which a process inherits
+            command = [sys.executable, str(EXAMPLE), *place, "--process-id", str(index), *SETTINGS, *arguments]
+            with output.with_suffix(f".{index}").open("w") as file:
+                started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    finally:
+        os.sched_setaffinity(0, cpus)
     return started
 
 
