@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import jax
@@ -130,11 +131,15 @@ def _indices(values: Any, default: int, count: int) -> tuple[int, ...] | None:
 
 def _precision(precision: Any) -> tuple[bool, Any]:
     """(True, hashable form) if ``precision`` is one that float32 accumulation satisfies."""
+    if precision is None:
+        return True, None
+    pair = isinstance(precision, (tuple, list)) and len(precision) == 2
+    values = tuple(precision) if pair else (precision,)
+    if not any(all(isinstance(p, kind) for p in values) for kind in (str, lax.Precision)):
+        return False, None
     try:
-        if isinstance(precision, (tuple, list)):
-            return len(precision) == 2, tuple(None if p is None else lax.Precision(p) for p in precision)
-        return True, None if precision is None else lax.Precision(precision)
-    except (TypeError, ValueError):
+        return True, tuple(map(lax.Precision, values)) if pair else lax.Precision(precision)
+    except ValueError:
         return False, None
 
 
@@ -512,6 +517,8 @@ def explain(lhs: Any, rhs: Any, *, density: float | None = None, **arguments: An
     Raises:
       TypeError, ValueError: as :func:`sparse_conv`, and for a density outside 0 to 1.
     """
+    if density is not None and not isinstance(density, Real):
+        raise TypeError(f"density must be a fraction of non-zeros from 0 to 1, got {density!r}")
     if density is not None and not 0 <= density <= 1:
         raise ValueError(f"density must be a fraction of non-zeros from 0 to 1, got {density}")
     if unknown := arguments.keys() - inspect.signature(sparse_conv).parameters:

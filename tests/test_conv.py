@@ -257,6 +257,10 @@ def in_float32(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax
     {"batch_group_count": 3},
     {"batch_group_count": 0},
     {"precision": "no such precision"},
+    {"precision": 1.0},
+    {"precision": ("highest", None)},
+    {"precision": ("highest", lax.Precision.HIGHEST)},
+    {"precision": ["highest"]},
     {"preferred_element_type": "int8"},
     {"lhs_dilation": (2, 2), "padding": "SAME"},
     {"lhs_dilation": (0, 1)},
@@ -717,6 +721,8 @@ def test_explain_raises_for_bad_arguments() -> None:
     for density in (-0.1, 1.1):
         with pytest.raises(ValueError, match="density"):
             st.explain(lhs, rhs, density=density)
+    with pytest.raises(TypeError, match="density must be a fraction"):
+        st.explain(lhs, rhs, density="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode"):
         st.explain(lhs, rhs, mode="fast")
     with pytest.raises(TypeError):
