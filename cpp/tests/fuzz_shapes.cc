@@ -1,6 +1,12 @@
-// Random shapes through the four operations, against a plain loop over the definition in conv.h, on every ISA of the
-// machine, in every dtype. Small integers, so that every order of summation gives the same bits. .ci/fuzz builds and
-// runs it. Usage: fuzz_shapes [cases] [seed]
+// Random shapes through the four operations, on every ISA of the machine, in every dtype. .ci/fuzz builds and runs it.
+//
+// Small integers, of which every order of summation gives the same bits, against a plain loop over the definition in
+// conv.h. Then real numbers, twice: the bits must not depend on the number of threads, on which of them came late, on
+// what lies in scratch memory or on where arrays lie. Arrays end, or begin, at a page that nobody may touch.
+// Usage: fuzz_shapes [cases] [seed]
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -42,29 +48,71 @@ class FuzzExecutor : public Executor {
 
 constexpr const char* kDTypeNames[kDTypes] = {"float32", "bfloat16", "float16"};
 
+// Memory between two pages that fault; what is asked for touches one of them.
+class Fenced {
+ public:
+  Fenced(size_t bytes, bool at_end) : bytes_(bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    mapped_ = (bytes + page - 1) / page * page + 2 * page;
+    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + page, mapped_ - 2 * page, PROT_READ | PROT_WRITE) != 0) {
+      throw std::runtime_error("no memory");
+    }
+    data_ = at_end ? base_ + mapped_ - page - bytes : base_ + page;
+  }
+  ~Fenced() { munmap(base_, mapped_); }
+  Fenced(const Fenced&) = delete;
+  Fenced& operator=(const Fenced&) = delete;
+  char* data() const { return data_; }
+  size_t size() const { return bytes_; }
+
+ private:
+  size_t bytes_, mapped_;
+  char *base_, *data_;
+};
+
 // An array of some dtype, and back. Roundings are those of the ISA in force, which tests/test_dtypes.py checks.
 class Array {
  public:
-  Array(const std::vector<float>& values, DType dtype) : bytes_(values.size() * size_of(dtype)), dtype_(dtype) {
+  Array(const std::vector<float>& values, DType dtype, bool at_end = true)
+      : memory_(values.size() * size_of(dtype), at_end), dtype_(dtype) {
     const int64_t n = static_cast<int64_t>(values.size());
-    kernels().data.finish[index_of(dtype)][index_of(dtype)]({values.data(), n, 1, n, bytes_.data(), n, nullptr});
+    kernels().data.finish[index_of(dtype)][index_of(dtype)]({values.data(), n, 1, n, memory_.data(), n, nullptr});
   }
-  operator ConstTensor() const { return {bytes_.data(), dtype_}; }
-  Tensor out() { return {bytes_.data(), dtype_}; }
+  operator ConstTensor() const { return {memory_.data(), dtype_}; }
+  Tensor out() { return {memory_.data(), dtype_}; }
   std::vector<float> values() const {
-    std::vector<float> wide(bytes_.size() / size_of(dtype_));
-    kernels().data.widen[index_of(dtype_)](bytes_.data(), wide.data(), static_cast<int64_t>(wide.size()));
+    std::vector<float> wide(memory_.size() / size_of(dtype_));
+    kernels().data.widen[index_of(dtype_)](memory_.data(), wide.data(), static_cast<int64_t>(wide.size()));
     return wide;
   }
 
  private:
-  std::vector<char> bytes_;
+  Fenced memory_;
   DType dtype_;
 };
 
 struct Case {
   ConvShape s;
   std::vector<float> lhs, rhs, g;
+};
+
+// What the four operations make of a case.
+struct Results {
+  Array out, dlhs, drhs, masked;
+
+  Results(const Case& c, Mode mode, DType operands, DType result, int threads, bool at_end)
+      : out(std::vector<float>(c.g.size(), 77), result, at_end),
+        dlhs(std::vector<float>(c.lhs.size(), 77), result, at_end),
+        drhs(std::vector<float>(c.rhs.size(), 77), result, at_end),
+        masked(std::vector<float>(c.lhs.size(), 77), result, at_end) {
+    const Array lhs(c.lhs, operands, at_end), rhs(c.rhs, operands, at_end), g(c.g, operands, at_end);
+    FuzzExecutor executor(threads);
+    conv_fwd(c.s, mode, lhs, rhs, out.out(), executor);
+    conv_bwd_input(c.s, mode, g, rhs, dlhs.out(), executor);
+    conv_bwd_weights(c.s, mode, lhs, g, drhs.out(), executor);
+    conv_bwd_input_masked(c.s, mode, g, rhs, lhs, masked.out(), executor);
+  }
 };
 
 template <class F>
@@ -148,21 +196,22 @@ int main(int argc, char** argv) {
     for (const std::string& isa : available_isas()) {
       set_isa(isa);
       const DType operands = static_cast<DType>(random() % kDTypes), result = random() % 4 ? operands : DType::kF32;
-      const auto fresh = [result](size_t size) { return Array(std::vector<float>(size, 77), result); };
-      Array got_out = fresh(out.size()), got_dlhs = fresh(dlhs.size()), got_drhs = fresh(drhs.size()),
-            got_masked = fresh(dlhs.size());
-      {
-        const Array lhs(c.lhs, operands), rhs(c.rhs, operands), g(c.g, operands);
-        FuzzExecutor executor(static_cast<int>(random() % 4) + 1);
-        conv_fwd(s, mode, lhs, rhs, got_out.out(), executor);
-        conv_bwd_input(s, mode, g, rhs, got_dlhs.out(), executor);
-        conv_bwd_weights(s, mode, lhs, g, got_drhs.out(), executor);
-        conv_bwd_input_masked(s, mode, g, rhs, lhs, got_masked.out(), executor);
+      const auto threads = [&random] { return static_cast<int>(random() % 4) + 1; };
+      const Results got(c, mode, operands, result, threads(), random() % 2 != 0);
+      bool ok = same("conv_fwd", isa.c_str(), c, out, operands, got.out) &
+                same("conv_bwd_input", isa.c_str(), c, dlhs, operands, got.dlhs) &
+                same("conv_bwd_weights", isa.c_str(), c, drhs, operands, got.drhs) &
+                same("conv_bwd_input_masked", isa.c_str(), c, masked, operands, got.masked);
+      Case real = c;
+      for (std::vector<float>* values : {&real.lhs, &real.rhs, &real.g}) {
+        for (float& x : *values) x *= static_cast<float>(random() % 1000 + 1) / 777;
       }
-      const bool ok = same("conv_fwd", isa.c_str(), c, out, operands, got_out) &
-                      same("conv_bwd_input", isa.c_str(), c, dlhs, operands, got_dlhs) &
-                      same("conv_bwd_weights", isa.c_str(), c, drhs, operands, got_drhs) &
-                      same("conv_bwd_input_masked", isa.c_str(), c, masked, operands, got_masked);
+      const Results once(real, mode, operands, result, threads(), true);
+      const Results again(real, mode, operands, result, threads(), false);
+      ok = ok & same("conv_fwd again", isa.c_str(), c, once.out.values(), operands, again.out) &
+           same("conv_bwd_input again", isa.c_str(), c, once.dlhs.values(), operands, again.dlhs) &
+           same("conv_bwd_weights again", isa.c_str(), c, once.drhs.values(), operands, again.drhs) &
+           same("conv_bwd_input_masked again", isa.c_str(), c, once.masked.values(), operands, again.masked);
       ok ? ++passed : ++failed;
     }
     if (failed > 10) break;
