@@ -192,7 +192,9 @@ class _Traced:
 
     def evaluate(self, jaxpr: Any) -> Any:
         """The function's result, computed by another jaxpr."""
-        return self.outputs(core.jaxpr_as_fun(jaxpr)(*self.arrays))
+        values = core.jaxpr_as_fun(jaxpr)(*self.arrays)
+        # What depends on no argument comes as the jaxpr's literal, which may be the caller's own NumPy array.
+        return self.outputs([value if _is_array(value) else jax.numpy.array(value) for value in values])
 
 
 def _is_array(leaf: Any) -> bool:
@@ -332,7 +334,8 @@ class _Snapshot:
         return cls(
             [path for path, _ in parts],
             [node for _, node in parts],
-            list(map(_compat.raw_value, variables)),
+            # Containers are copied: they may be changed in place.
+            [jax.tree.map(lambda leaf: leaf, _compat.raw_value(v), is_leaf=_is_none) for v in variables],
             [dict(variable.get_metadata()) for variable in variables],
         )
 

@@ -27,6 +27,7 @@ import sparsetrain_jax as st
 from sparsetrain_jax import _compat, facts, transform
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+TABLE = np.array([1, 2, 3])
 
 
 def integers(seed: int, *shape: int, zeros: float = 0.3, dtype: Any = jnp.float32) -> jax.Array:
@@ -1135,6 +1136,65 @@ def test_values_that_variables_exchange_or_reshape_are_changed() -> None:
     st.sparsify(fn)(a, b, c, X)
     assert _compat.raw_value(a).shape == (3,) and _compat.raw_value(b) is None
     assert list(_compat.raw_value(c)) == ["new"]
+
+
+class Sows(nnx.Module):
+    """Sows a sum and the telemetry of its layer, and changes a dictionary in place."""
+
+    def __init__(self) -> None:
+        self.conv = st.nnx.SparseConv(4, 4, (3, 3), rngs=nnx.Rngs(0), sow_sparsity=True)
+        self.kept = nnx.Variable({"times": jnp.ones(2)})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.perturb("y", self.conv(x))
+        self.sow(nnx.Intermediate, "sum", y.sum())
+        self.kept["times"] = self.kept["times"] * 2
+        return y
+
+
+@pytest.mark.parametrize("transform", [st.sparsify, lambda fn: nnx.jit(st.sparsify(fn))], ids=["sparsify", "jit"])
+def test_containers_that_fn_fills_in_place_are_changed(transform: Callable[..., Any]) -> None:
+    def run(transform: Callable[..., Any]) -> Any:
+        model, fn = Sows(), transform(lambda model, x: model(x))
+        _, *captured = nnx.capture(lambda model: fn(model, X), nnx.Intermediate, nnx.Perturbation)(model)
+        return _compat.raw_value(model.kept), *map(nnx.to_pure_dict, captured)
+
+    got, want = run(transform), run(lambda fn: fn)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert got[1].keys() == {"conv", "sum", "y"}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    np.testing.assert_array_equal(got[0]["times"], [2, 2])
+
+
+@pytest.mark.parametrize("make", [
+    lambda x: jnp.asarray(x.size),
+    lambda x: jnp.asarray(2.5),
+    lambda x: jnp.asarray(True),
+    lambda x: jnp.asarray(1j),
+    lambda x: jnp.float32(0.1),
+    lambda x: jnp.zeros(()),
+    lambda x: jnp.asarray(TABLE),
+    lambda x: jax.random.key(0),
+], ids=["int", "float", "bool", "complex", "typed", "zeros", "table", "key"])  # fmt: skip
+def test_results_that_depend_on_no_argument_are_arrays_as_without(make: Callable[[jax.Array], jax.Array]) -> None:
+    def fn(x: jax.Array) -> Any:
+        return conv(x, W), make(x)
+
+    want = make(X)
+    for got in (st.sparsify(fn)(X)[1], jax.jit(st.sparsify(fn))(X)[1]):
+        assert isinstance(got, jax.Array)
+        assert got.aval == want.aval
+        assert bool((got == want).all())
+    # Where another function goes on with them, too.
+    assert jax.jit(lambda x: st.sparsify(fn)(x)[1].reshape(-1))(X).shape == (want.size,)
+
+
+def test_results_do_not_share_the_memory_of_an_array_of_the_caller() -> None:
+    table = np.arange(1024.0, dtype=np.float32)
+    got = st.sparsify(lambda x: (conv(x, W), jnp.asarray(table)))(X)[1]
+    table[:] = -1
+    np.testing.assert_array_equal(got, np.arange(1024.0))
 
 
 def test_only_what_fn_changes_is_written() -> None:
