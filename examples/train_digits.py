@@ -310,7 +310,6 @@ def main() -> int:
         parser.error("--epochs and --batch must be positive")
     if not Path(arguments.plot).resolve().parent.is_dir():
         parser.error(f"--plot: {Path(arguments.plot).parent} is not a directory")
-    st.keep_memory()  # of both competitors
     console = Console()
     training, test = load(arguments.seed)
     if arguments.epochs < 1 or not 1 <= arguments.batch <= len(training[0]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from . import nnx
 from .conv import conv_general_dilated, explain, sparse_conv
 from .linen import SparseConv
-from .memory import keep_memory
 from .native import available_isas, custom_calls, isa
 from .primitives import dots_saveable
 from .telemetry import plot_sparsity, sparsity
@@ -21,7 +20,6 @@ __all__ = [
     "dots_saveable",
     "explain",
     "isa",
-    "keep_memory",
     "nnx",
     "plot_sparsity",
     "sparse_conv",

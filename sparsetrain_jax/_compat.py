@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax._src import api_util, config, core, dispatch, mesh, xla_bridge
+from jax._src import api_util, config, core, dispatch, mesh
 from jax._src import linear_util as lu
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import utils as lax_utils
@@ -27,7 +27,6 @@ __all__ = [
     "DropVar",
     "ShardingTypeError",
     "auto_match",
-    "backends_started",
     "is_captured",
     "is_partitioned",
     "jaxprs_in_params",
@@ -60,11 +59,6 @@ def standard_primitive(
 def needs_devices(primitive: Primitive) -> None:
     """Tell JAX that ``primitive``'s lowering asks for the devices (``custom_partitioning`` does, also when eager)."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
-
-
-def backends_started() -> bool:
-    """Whether JAX has devices, and with them threads, in this process already."""
-    return xla_bridge.backends_are_initialized()
 
 
 def is_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
