@@ -426,8 +426,10 @@ def print_steps(steps: list[Step], console: Console) -> None:
     )
     table = Table()
     headings = ["network", "competitor", "ms a step", f"x {STOCK}", *(f"{part}, ms" for part in PARTS)]
+    note = "Parts: of a profiled step, scaled to the median."
     if first.untuned_speed is not None:
         headings.append(f"x {STOCK}, untuned")
+        note += " Untuned: default malloc and OpenMP settings."
     for heading in headings:
         table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     for index, step in enumerate(steps):
@@ -444,7 +446,7 @@ def print_steps(steps: list[Step], console: Console) -> None:
         style = "bold" if step.competitor == OURS else None
         table.add_row(*cells[: len(headings)], style=style, end_section=last)
     console.print(table)
-    console.print("Parts: of a profiled step, scaled to the median. Untuned: default malloc and OpenMP settings.")
+    console.print(note)
 
 
 def plot(steps: list[Step], path: str) -> None:
@@ -499,12 +501,14 @@ def main(argv: Sequence[str]) -> None:
         return
     console = common.console()
     common.limit_threads(__file__, arguments.threads)
-    steps, *untuned = [
-        [Step(**step) for step in common.run_child(__file__, argv, tuned=tuned, threads=arguments.threads)]
-        for tuned in ((True,) if arguments.no_untuned else (True, False))
-    ]
-    for step, again in zip(steps, *untuned, strict=True) if untuned else ():
-        step.untuned_step_ms, step.untuned_speed = again.step_ms, again.speed
+
+    def run(tuned: bool) -> list[Step]:
+        return [Step(**step) for step in common.run_child(__file__, argv, tuned=tuned, threads=arguments.threads)]
+
+    steps = run(tuned=True)
+    if not arguments.no_untuned:
+        for step, untuned in zip(steps, run(tuned=False), strict=True):
+            step.untuned_step_ms, step.untuned_speed = untuned.step_ms, untuned.speed
     print_steps(steps, console)
     common.print_missing_onednn(console)
     if arguments.csv:

@@ -278,7 +278,7 @@ def _trace(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
             # Other objects, or other attributes of theirs: all is put together anew.
             with nnx.split_context(tag) as context:
                 out_graph, out_state = context.flatten((copies if changed is None else [], made), with_paths=False)
-        news = [after.values[i] for i in changed or ()]
+        news = [jax.tree.unflatten(structure, leaves) for leaves, structure in (after.values[i] for i in changed or ())]
         out_others = [None if _is_nnx(leaf) else leaf for leaf in out_leaves]
         out, out_contents = jax.tree.flatten((out_others, out_state, news), is_leaf=_is_none)
         constants = [None if _is_array(leaf) else leaf for leaf in out]
@@ -318,7 +318,7 @@ class _Snapshot:
     Attributes:
       paths: of all objects and attributes.
       held: these objects and attributes.
-      values: of the Variables among them.
+      values: of the Variables among them, flattened: containers may be changed in place.
       metadata: of these Variables.
     """
 
@@ -334,8 +334,7 @@ class _Snapshot:
         return cls(
             [path for path, _ in parts],
             [node for _, node in parts],
-            # Containers are copied: they may be changed in place.
-            [jax.tree.map(lambda leaf: leaf, _compat.raw_value(v), is_leaf=_is_none) for v in variables],
+            [jax.tree.flatten(_compat.raw_value(variable), is_leaf=_is_none) for variable in variables],
             [dict(variable.get_metadata()) for variable in variables],
         )
 
@@ -362,8 +361,7 @@ class _Snapshot:
             return None
         changed = []
         for index, values in enumerate(zip(self.values, after.values, strict=True)):
-            flat: list[Any] = [jax.tree.flatten(v, is_leaf=_is_none) for v in values]
-            (old, old_structure), (new, new_structure) = flat
+            (old, old_structure), (new, new_structure) = values
             same = old_structure == new_structure and all(map(operator.is_, old, new))
             if not same:
                 changed.append(index)

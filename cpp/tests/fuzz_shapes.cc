@@ -7,8 +7,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <random>
 #include <stdexcept>
 #include <thread>
@@ -97,6 +99,9 @@ struct Case {
   std::vector<float> lhs, rhs, g;
 };
 
+constexpr const char* kOperations[] = {"conv_fwd", "conv_bwd_input", "conv_bwd_weights", "conv_bwd_input_masked"};
+using Values = std::array<std::vector<float>, std::size(kOperations)>;  // of the operations' results, in this order
+
 // What the four operations make of a case.
 struct Results {
   Array out, dlhs, drhs, masked;
@@ -113,6 +118,7 @@ struct Results {
     conv_bwd_weights(c.s, mode, lhs, g, drhs.out(), executor);
     conv_bwd_input_masked(c.s, mode, g, rhs, lhs, masked.out(), executor);
   }
+  Values values() const { return {out.values(), dlhs.values(), drhs.values(), masked.values()}; }
 };
 
 template <class F>
@@ -128,21 +134,24 @@ void for_each_product(const ConvShape& s, F f) {
           }
 }
 
-bool same(const char* op, const char* isa, const Case& c, const std::vector<float>& exact, DType operands,
-          const Array& result) {
-  const std::vector<float> want = Array(exact, static_cast<ConstTensor>(result).dtype).values(), got = result.values();
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (want[i] == got[i]) continue;
-    const ConvShape& s = c.s;
-    std::printf(
-        "%s %s of %s: [%zu] is %g, should be %g; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld "
-        "out %ldx%ld\n",
-        isa, op, kDTypeNames[index_of(operands)], i, got[i], want[i], (long)s.n, (long)s.h, (long)s.w, (long)s.c,
-        (long)s.r, (long)s.s, (long)s.k, (long)s.stride_h, (long)s.stride_w, (long)s.pad_top, (long)s.pad_left,
-        (long)s.oh, (long)s.ow);
-    return false;
+// `against`: what `want` was computed by.
+bool same(const char* isa, const Case& c, DType operands, const char* against, const Values& want, const Values& got) {
+  bool ok = true;
+  for (size_t op = 0; op < want.size(); ++op) {
+    for (size_t i = 0; i < want[op].size(); ++i) {
+      if (want[op][i] == got[op][i]) continue;
+      const ConvShape& s = c.s;
+      std::printf(
+          "%s %s of %s: [%zu] is %g, %g by %s; n%ld h%ld w%ld c%ld r%ld s%ld k%ld stride %ld %ld pad %ld %ld "
+          "out %ldx%ld\n",
+          isa, kOperations[op], kDTypeNames[index_of(operands)], i, got[op][i], want[op][i], against, (long)s.n,
+          (long)s.h, (long)s.w, (long)s.c, (long)s.r, (long)s.s, (long)s.k, (long)s.stride_h, (long)s.stride_w,
+          (long)s.pad_top, (long)s.pad_left, (long)s.oh, (long)s.ow);
+      ok = false;
+      break;
+    }
   }
-  return true;
+  return ok;
 }
 
 }  // namespace
@@ -179,7 +188,8 @@ int main(int argc, char** argv) {
     fill(c.lhs, s.n * s.h * s.w * s.c, density);
     fill(c.rhs, s.r * s.s * s.c * s.k, 1);
     fill(c.g, s.n * s.oh * s.ow * s.k, pick({0, 10, 50, 100}) / 100.0);
-    std::vector<float> out(c.g.size()), dlhs(c.lhs.size()), drhs(c.rhs.size());
+    Values exact = {std::vector<float>(c.g.size()), std::vector<float>(c.lhs.size()), std::vector<float>(c.rhs.size())};
+    auto& [out, dlhs, drhs, masked] = exact;
     for_each_product(s, [&](int64_t a, int64_t b, int64_t o) {
       for (int64_t ci = 0; ci < s.c; ++ci)
         for (int64_t ki = 0; ki < s.k; ++ki) {
@@ -188,7 +198,7 @@ int main(int argc, char** argv) {
           drhs[b + ci * s.k + ki] += c.lhs[a + ci] * c.g[o + ki];
         }
     });
-    std::vector<float> masked = dlhs;
+    masked = dlhs;
     for (size_t j = 0; j < masked.size(); ++j) {
       if (c.lhs[j] == 0) masked[j] = 0;
     }
@@ -198,20 +208,16 @@ int main(int argc, char** argv) {
       const DType operands = static_cast<DType>(random() % kDTypes), result = random() % 4 ? operands : DType::kF32;
       const auto threads = [&random] { return static_cast<int>(random() % 4) + 1; };
       const Results got(c, mode, operands, result, threads(), random() % 2 != 0);
-      bool ok = same("conv_fwd", isa.c_str(), c, out, operands, got.out) &
-                same("conv_bwd_input", isa.c_str(), c, dlhs, operands, got.dlhs) &
-                same("conv_bwd_weights", isa.c_str(), c, drhs, operands, got.drhs) &
-                same("conv_bwd_input_masked", isa.c_str(), c, masked, operands, got.masked);
+      Values want = exact;
+      for (std::vector<float>& values : want) values = Array(values, result).values();  // rounded as the results are
       Case real = c;
       for (std::vector<float>* values : {&real.lhs, &real.rhs, &real.g}) {
         for (float& x : *values) x *= static_cast<float>(random() % 1000 + 1) / 777;
       }
       const Results once(real, mode, operands, result, threads(), true);
       const Results again(real, mode, operands, result, threads(), false);
-      ok = ok & same("conv_fwd again", isa.c_str(), c, once.out.values(), operands, again.out) &
-           same("conv_bwd_input again", isa.c_str(), c, once.dlhs.values(), operands, again.dlhs) &
-           same("conv_bwd_weights again", isa.c_str(), c, once.drhs.values(), operands, again.drhs) &
-           same("conv_bwd_input_masked again", isa.c_str(), c, once.masked.values(), operands, again.masked);
+      const bool ok = same(isa.c_str(), c, operands, "the definition", want, got.values()) &
+                      same(isa.c_str(), c, operands, "the same call before", once.values(), again.values());
       ok ? ++passed : ++failed;
     }
     if (failed > 10) break;
