@@ -447,6 +447,7 @@ struct Kernels {
   DataKernels data;
   WeightsKernels weights;
   MaskedKernels masked;
+  const Kernels* narrow;  // of half the lanes; null: none
 };
 
 extern const Kernels kKernelsPortable;

@@ -11,6 +11,7 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 Avx512::kRegisters,
                                 data_kernels<Avx512>(),
                                 weights_kernels<Avx512>(),
-                                masked_kernels<Avx512>()};
+                                masked_kernels<Avx512>(),
+                                &kKernelsAvx2};
 
 }  // namespace sparsetrain

@@ -310,8 +310,16 @@ bool serial(const Machine& machine, const Kernels& kernels, const DataPlan& plan
   return too_small_for_threads(work, kernel + result);
 }
 
+// Pairs share loads, but end three lists where two single pixels end two. Two vectors of eight lanes a cycle have their
+// two loads, and few multiply-adds hide no ends.
+constexpr float kPairs = 0.25f, kManyPairs = 0.5f;
+float pair_density(const Kernels& kernels, int taps, int vectors) {
+  const bool few = kernels.lanes == 8 && taps * vectors <= (taps > 1 ? 6 : 3);
+  return few ? kManyPairs : kPairs;
+}
+
 // The density at which walking pixel pairs costs what dense sweeps cost, for a pair of pixels, a channel block and all
-// feature blocks. kNever: walking all channels costs less.
+// feature blocks; or single pixels, where those are walked. kNever: walking all channels costs less.
 float dense_density(const Machine& machine, const Kernels& kernels, int taps, const DataPlan& plan) {
   constexpr float kNever = 2;
   constexpr double kLong = 48;  // channels: shorter lists of packed values end more often where expected
@@ -342,6 +350,9 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
                           ? costs.pack * (2 * n / kernels.lanes) * all_work / plan.value_work
                           : apart * costs.scan * (n / 8 + 4) / static_cast<double>(plan.kernel_rows);
   const double target = dense - ends - scan;
+  // Two single pixels: 2 n d single + ends / 2 + scan = dense
+  const double alone = std::max(0.0, (dense - ends / 2 - scan) / (2 * n * single));
+  if (plan.pair_density > kPairs && alone < plan.pair_density) return static_cast<float>(alone);
   if (target <= 0) return 0;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
   // coefficient are safe.
@@ -404,7 +415,7 @@ DataPlan plan_data(DataOp op, const ConvShape& given, Mode mode, DType dtype, do
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
   choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), density, &plan);
-  plan.pair_density = 0.25f;
+  plan.pair_density = pair_density(kernels, taps, plan.vectors);
   plan.packs = plan.pointwise ? dtype == DType::kF32 && point_packs(machine, kernels, density, plan) : plan.fold == 0;
   plan.copy = !plan.pointwise || plan.packs || dtype != DType::kF32;
   plan.value_work = static_cast<double>(shape.r * shape.s * ceil_div(plan.features, kernels.lanes)) /
@@ -430,18 +441,29 @@ DataPlan plan_data(DataOp op, const ConvShape& given, Mode mode, DType dtype, do
   return plan;
 }
 
+int lanes_for(int64_t features, const Machine& machine, int lanes) {
+  const int64_t halves = ceil_div(features, lanes / 2);
+  return machine.single_fma(lanes) && halves % 2 == 1 && halves <= 3 ? lanes / 2 : lanes;
+}
+
+const Kernels& kernels_for(int64_t features, const Machine& machine, const Kernels& kernels) {
+  return lanes_for(features, machine, kernels.lanes) == kernels.lanes ? kernels : *kernels.narrow;
+}
+
 Description describe_data(DataOp op, const ConvShape& shape, double density, const Machine& machine,
-                          const Kernels& kernels) {
+                          const Kernels& isa) {
+  const Kernels& kernels = kernels_for(op == DataOp::kFwd ? shape.k : shape.c, machine, isa);
   const auto plan_of = [&](double d) { return plan_data(op, shape, Mode::kAuto, DType::kF32, d, machine, kernels); };
   const DataPlan plan = plan_of(density);
   Description out;
-  if (op == DataOp::kBwdInput && plan.features < 8 && plan.kernel_rows * plan.kernel_columns > 1) {
+  if (op == DataOp::kBwdInput && 2 * plan.features < kernels.lanes && plan.kernel_rows * plan.kernel_columns > 1) {
     out.add("lax", "few input features leave most lanes of a vector idle");
   }
   size_t strands = 0;
   for (const ColumnClass& c : plan.classes) strands += c.strands.size();
   out.add("path", density < plan.dense_density ? "sparse" : "dense");
   out.add("folded", plan.fold > 0);
+  out.add("lanes", kernels.lanes);
   out.add("column_classes", plan.classes.size());
   out.add("strands", strands);
   out.add("taps", widest_strand(plan));

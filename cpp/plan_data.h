@@ -100,13 +100,20 @@ struct DataPlan {
   std::pair<int64_t, int64_t> input_rows(int64_t y0, int64_t y1) const;
 };
 
-// `dtype` is that of the operands, `density` the share of non-zeros that the checked one is expected to have: dense
+// Lanes of the vectors for a result of so many features, of `lanes` or half as many. Where there is one multiply-add of
+// whole vectors a cycle and two of half as many lanes, a half that would be idle is better left out, if it is a quarter
+// or more of all.
+int lanes_for(int64_t features, const Machine& machine, int lanes);
+// The kernels of so many lanes, of those of one ISA.
+const Kernels& kernels_for(int64_t features, const Machine& machine, const Kernels& kernels);
+
+// `kernels` are those for its features, `dtype` is that of the operands, `density` the share of non-zeros that the checked one is expected to have: dense
 // tiles like other blocks than sparse ones, and few non-zeros others than many. In mode auto each tile still decides by
 // its own density.
 DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels);
 
-// What plan_data would do with float32 in mode auto.
+// What plan_data would do with float32 in mode auto. `kernels` are those of the ISA in force.
 Description describe_data(DataOp op, const ConvShape& shape, double density, const Machine& machine,
                           const Kernels& kernels);
 

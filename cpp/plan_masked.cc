@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "plan_data.h"
 
 namespace sparsetrain {
 namespace {
@@ -357,7 +358,8 @@ void estimate(const Densities& densities, const PlanMachine& machine, double den
   plan.product_cost = product;
   const double zero = zero_cost(shape, machine) * elements;
   // The ordinary BWI has vectors of input features, of which the last may be mostly idle.
-  dense *= static_cast<double>(round_up(shape.c, plan.lanes)) / static_cast<double>(shape.c);
+  dense *= static_cast<double>(round_up(shape.c, lanes_for(shape.c, machine.caches, plan.lanes))) /
+           static_cast<double>(shape.c);
   const bool one_tap = shape.r * shape.s == 1;
   const double share =
       one_tap ? kSkippingCost1x1 + kSkippingSlope1x1 * densities.g : kSkippingCost + kSkippingSlope * densities.g;

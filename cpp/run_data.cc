@@ -845,8 +845,9 @@ void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share shar
 }
 
 // `density` is that of the input.
-void conv_data(const Kernels& k, DataOp op, const ConvShape& shape, Mode mode, double density, ConstTensor input,
+void conv_data(const Kernels& isa, DataOp op, const ConvShape& shape, Mode mode, double density, ConstTensor input,
                ConstTensor rhs, ConstTensor keep, Tensor result, Executor& executor) {
+  const Kernels& k = kernels_for(op == DataOp::kFwd ? shape.k : shape.c, machine(), isa);
   const DataPlan plan = plan_data(op, shape, mode, input.dtype, density, machine(), k);
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();

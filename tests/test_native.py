@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_a_forced_isa_plans_for_its_vectors(isa: str) -> None:
     assert st.isa() == isa
     assert int(str(plan["tap_groups"]).split("x")[2]) % lanes(isa) == 0
     one, two = (
-        native.plan("fwd", [2, 14, 14, 64, features, 3, 3], [1, 1, 1, 1, 1, 1])
+        native.plan("fwd", [2, 14, 14, 64, features, 3, 3], [1, 1, 1, 1, 1, 1], 1.0, 2)
         for features in (lanes(isa), lanes(isa) + 1)
     )
     assert (one["last_feature_vectors"], two["last_feature_vectors"]) == (1, 2)
@@ -74,6 +75,33 @@ def test_one_multiply_add_a_cycle_makes_skipping_pay_earlier(isa: str) -> None:
 
 def lanes(isa: str) -> int:
     return 16 if isa.startswith("avx512") else 8 if isa == "avx2" else 4
+
+
+@pytest.mark.parametrize("component", ["fwd", "bwd_input"])
+def test_results_of_few_features_come_in_the_vectors_that_leave_fewer_lanes_idle(component: str, isa: str) -> None:
+    def plan(features: int, fmas: int) -> dict[str, Any]:
+        channels = (64, features) if component == "fwd" else (features, 64)
+        return native.plan(component, [8, 28, 28, *channels, 3, 3], [1, 1, 1, 1, 1, 1], 0.5, fmas)
+
+    for features in (1, 4, 8, 9, 16, 17, 24, 25, 32, 40, 100):
+        half = isa.startswith("avx512") and features in (1, 4, 8, 17, 24)
+        assert int(plan(features, 1)["lanes"]) == (8 if half else lanes(isa))
+        assert int(plan(features, 2)["lanes"]) == lanes(isa)
+        idle = features < (4 if half else lanes(isa) // 2)
+        assert ("lax" in plan(features, 1)) == (isa == "portable" or (idle and component == "bwd_input"))
+
+
+def test_visits_of_few_multiply_adds_of_eight_lanes_take_single_pixels(isa: str) -> None:
+    def plan(features: int, stride: int, density: float) -> dict[str, Any]:
+        return native.plan("fwd", [8, 32, 32, 64, features, 3, 3], [stride, stride, 1, 1, 1, 1], density, 1)
+
+    for features, stride in itertools.product((8, 24), (1, 2)):
+        few = plan(features, stride, 0.3)
+        short = few["lanes"] == 8 and int(few["taps"]) * int(few["feature_vectors"]) <= 6
+        assert float(few["pair_density"]) == (0.5 if short else 0.25)
+    if isa.startswith("avx512") or isa == "avx2":
+        assert float(plan(8, 2, 0.3)["pair_density"]) == 0.5
+        assert 0.2 < float(plan(8, 2, 0.3)["break_even_density"]) < 0.45 < float(plan(8, 1, 0.3)["break_even_density"])
 
 
 def test_visits_of_few_multiply_adds_pay_at_fewer_non_zeros(isa: str) -> None:
