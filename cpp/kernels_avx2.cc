@@ -6,12 +6,8 @@
 
 namespace sparsetrain {
 
-const Kernels kKernelsAvx2 = {"avx2",
-                              Avx2::kLanes,
-                              Avx2::kRegisters,
-                              data_kernels<Avx2>(),
-                              weights_kernels<Avx2>(),
-                              masked_kernels<Avx2>(),
-                              nullptr};
+const Kernels kKernelsAvx2 = {
+    "avx2", Avx2::kLanes, Avx2::kRegisters, data_kernels<Avx2>(), weights_kernels<Avx2>(), masked_kernels<Avx2>(),
+    nullptr};
 
 }  // namespace sparsetrain

@@ -107,9 +107,9 @@ int lanes_for(int64_t features, const Machine& machine, int lanes);
 // The kernels of so many lanes, of those of one ISA.
 const Kernels& kernels_for(int64_t features, const Machine& machine, const Kernels& kernels);
 
-// `kernels` are those for its features, `dtype` is that of the operands, `density` the share of non-zeros that the checked one is expected to have: dense
-// tiles like other blocks than sparse ones, and few non-zeros others than many. In mode auto each tile still decides by
-// its own density.
+// `kernels` are those for its features, `dtype` is that of the operands, `density` the share of non-zeros that the
+// checked one is expected to have: dense tiles like other blocks than sparse ones, and few non-zeros others than many.
+// In mode auto each tile still decides by its own density.
 DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels);
 
