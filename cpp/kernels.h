@@ -14,9 +14,10 @@
 namespace sparsetrain {
 
 // Room for the row sweeps of FWD and BWI, see kernels_data.h.
-constexpr int kMaxTaps = 5;     // taps of one sweep along x; wider kernels are split
-constexpr int kMaxVectors = 8;  // vectors of output features of one sweep
-constexpr int kMaxBlock = 64;   // input channels of one sweep: a bit each in a 64-bit mask
+constexpr int kMaxTaps = 5;                  // taps of one sweep along x; wider kernels are split
+constexpr int kMaxVectors = 8;               // vectors of output features of one sweep
+constexpr int kMaxBlock = 64;                // input channels of one sweep: a bit each in a 64-bit mask
+constexpr int kTallTaps = 3, kTallRows = 3;  // of a sweep that takes all rows of the kernel
 
 constexpr int kFmaBurst = 12;  // enough to hide the latency, few enough for 16 registers
 
@@ -58,7 +59,8 @@ struct SweepArgs {
   int count;
   bool pairs;           // two pixels share filter loads; else pixel by pixel (few non-zeros)
   bool take;            // single values come out of a register: for machines with few loads for each multiply-add
-  const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned
+  const float* filter;  // [channel][tap][vectors * lanes], 64-byte aligned; of tall sweeps [channel][tap][row][lanes]
+  ptrdiff_t row_pitch;  // of tall sweeps: floats from the sums of a row of the kernel to those of the next
   int pixels;
   int first;                        // may be negative
   int columns;                      // of the result
@@ -129,6 +131,9 @@ struct DataKernels {
   // with.
   void (*fma_burst)(int64_t rounds);
   bool (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
+  // A vector of features, all kTallRows rows of a kernel of kTallTaps columns; null: not offered. A row's `sums` and
+  // `zero` are for the first of these, `out` for the last; the others add to sums.
+  bool (*tall_sweep)(const SweepArgs&);
   // Of one tap, for which packing would take too long.
   void (*point_sweep[kMaxVectors + 1])(const PlacedSweepArgs&);
   // Of all channels of all pixels: neither masks nor pair_mask are looked at.

@@ -9,6 +9,7 @@
 // - Two pixels a step. Channels that are non-zero in both load each filter vector once for two FMAs; then those of the
 //   first pixel only, then those of the second only.
 // - Only what is not zero is copied for the sweeps, in the order in which they want it (scan).
+// - Of few features, all rows of the kernel in one visit (tall sweeps).
 // - A step has no cases: sums lie in scratch, with padding for what pixels at the ends of a row reach beyond it.
 //
 // The accumulators are a window over taps + 1 output columns. Pixels x and x + 1 (x even) reach columns
@@ -135,19 +136,20 @@ struct Columns {
   }
 };
 
-template <class Isa, int kTaps, int kVectors>
+// Over values that are packed. kTall: of all rows of the kernel at once, a vector of features each, whose sums belong
+// to as many rows of the result. Short visits become longer ones, and lists end once, not once for each row.
+template <class Isa, int kTaps, int kVectors, bool kTall = false>
 struct Sweep {
   static constexpr int kLanes = Isa::kLanes;
-  static constexpr int kFeatures = kVectors * kLanes;
+  static constexpr int kFeatures = kTall ? kLanes : kVectors * kLanes;
   static constexpr int kSets = sets_of_sums(kTaps, kVectors);
   static_assert((kTaps + 1) * kSets * kVectors + 3 <= Isa::kRegisters);
   using Vec = typename Isa::Vec;
-  using Columns = sparsetrain::Columns<Isa, kTaps, kVectors>;
   using Sums = Vec[kSets][kVectors];  // of a column
   using Window = Sums[kTaps + 1];
 
   static ST_INLINE const float* next(uint64_t& mask, const float* filter) {
-    const float* f = filter + static_cast<size_t>(__builtin_ctzll(mask)) * (kTaps * kFeatures);
+    const float* f = filter + static_cast<size_t>(__builtin_ctzll(mask)) * (kTaps * kVectors * kLanes);
     mask &= mask - 1;
     ST_OPAQUE(f);
     return f;
@@ -210,12 +212,23 @@ struct Sweep {
     float* sums;        // of the window's first column
     const float* from;  // the same, or zeros, and what two columns are there: a branch would cost registers
     ptrdiff_t from_step;
+    ptrdiff_t row_pitch;  // only for kTall
     const float* filter;
     float* out;  // of that column, too; only for kOut
     ptrdiff_t out_pitch;
     bool stream;
     V values;
   };
+
+  // Tall sums may come from zeros for the first row of the kernel, and go out for the last.
+  static constexpr bool first_row(int vector) { return !kTall || vector == 0; }
+  static constexpr bool last_row(int vector) { return !kTall || vector == kVectors - 1; }
+
+  // Of a vector of a column, among the sums.
+  template <class V>
+  static ST_INLINE ptrdiff_t place(const Place<V>& at, int column, int vector) {
+    return column * kFeatures + vector * (kTall ? at.row_pitch : kLanes);
+  }
 
   template <bool kOut, class V>
   static ST_INLINE void save(const Place<V>& at, int column, Sums& finished) {
@@ -224,13 +237,14 @@ struct Sweep {
       sum = Isa::add(sum, finished[1 + i / kVectors][i % kVectors]);
     });
     const auto& sums = finished[0];
-    if constexpr (!kOut) {
-      Columns::save(at.sums + column * kFeatures, sums);
-    } else if (at.stream) {
-      unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::stream(at.out + column * at.out_pitch + v * kLanes, sums[v]); });
-    } else {
-      Columns::save(at.out + column * at.out_pitch, sums);
-    }
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      if constexpr (!kOut || !last_row(v)) {
+        Isa::store(at.sums + place(at, column, v), sums[v]);
+      } else {
+        float* out = at.out + column * at.out_pitch + (kTall ? 0 : v * kLanes);
+        at.stream ? Isa::stream(out, sums[v]) : Isa::store(out, sums[v]);
+      }
+    });
   }
 
   template <int kLeft, int kRight, class V>
@@ -268,8 +282,11 @@ struct Sweep {
 
   template <class V>
   static ST_INLINE void begin(const Place<V>& at, int column, Window& sums) {
-    Columns::load(at.from + column * kFeatures, sums[column][0]);
-    unroll<kSets - 1>([&](auto i) ST_LAMBDA { Columns::clear(sums[column][i + 1]); });
+    unroll<kSets * kVectors>([&](auto i) ST_LAMBDA {
+      constexpr int set = i / kVectors, v = i % kVectors;
+      const float* from = first_row(v) ? at.from : at.sums;
+      sums[column][set][v] = set == 0 ? Isa::load(from + place(at, column, v)) : Isa::zero();
+    });
   }
 
   template <class V>
@@ -330,6 +347,7 @@ struct Sweep {
                   sums_at,
                   row->zero ? kZeros : sums_at,
                   row->zero ? 0 : 2 * kFeatures,
+                  a.row_pitch,
                   a.filter,
                   nullptr,
                   a.out_pitch,
@@ -798,6 +816,9 @@ template <class Isa>
 constexpr DataKernels data_kernels() {
   DataKernels table{};
   offer_sweep<Isa, 1, 1>(table);
+  if constexpr (fits_registers<Isa, kTallTaps, kTallRows>()) {
+    table.tall_sweep = &Sweep<Isa, kTallTaps, kTallRows, true>::run;
+  }
   table.fma_burst = &fma_burst<Isa>;
   table.stream_fence = &Isa::stream_fence;
   offer_data<Isa, float>(table);

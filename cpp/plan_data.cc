@@ -165,6 +165,9 @@ int channels_in_block(int64_t bytes, int lanes, int taps, int vectors, int64_t c
   return static_cast<int>(ceil_div(ceil_div(channels, ceil_div(channels, block)), lanes) * lanes);  // even blocks
 }
 
+// Rows of the kernel that a sparse sweep takes.
+int rows_of_sweeps(const DataPlan& plan) { return plan.tall ? static_cast<int>(plan.kernel_rows) : 1; }
+
 // A way to cut features and channels into filter blocks, and what a pixel and channel cost with it: in walks of all
 // strands, in dense sweeps of the widest.
 struct Blocking {
@@ -218,7 +221,7 @@ Blocking choose_blocking(const Machine& machine, const Kernels& kernels, int tap
     for (const bool whole_l1 : {false, true}) {
       if (whole_l1 && dense) continue;
       const int64_t bytes = whole_l1 ? machine.l1_bytes : machine.l1_bytes * 3 / 4;
-      const int channel_block = channels_in_block(bytes, kernels.lanes, taps, v, plan.channels);
+      const int channel_block = channels_in_block(bytes, kernels.lanes, taps * rows_of_sweeps(plan), v, plan.channels);
       const auto cost_of = [&](int vectors) {
         if (dense) return dense_cost(costs, kernels, taps, vectors, channel_block);
         double cost = 0;
@@ -312,10 +315,10 @@ bool serial(const Machine& machine, const Kernels& kernels, const DataPlan& plan
 
 // Pairs share loads, but end three lists where two single pixels end two. Two vectors of eight lanes a cycle have their
 // two loads, and few multiply-adds hide no ends.
-constexpr float kPairs = 0.25f, kManyPairs = 0.5f;
-float pair_density(const Kernels& kernels, int taps, int vectors) {
-  const bool few = kernels.lanes == 8 && taps * vectors <= (taps > 1 ? 6 : 3);
-  return few ? kManyPairs : kPairs;
+constexpr float kPairs = 0.25f, kTallPairs = 0.35f, kManyPairs = 0.5f;
+float pair_density(const Kernels& kernels, int taps, const DataPlan& plan) {
+  const bool few = plan.tall || taps * plan.vectors <= (taps > 1 ? 6 : 3);
+  return kernels.lanes == 8 && few ? kManyPairs : plan.tall ? kTallPairs : kPairs;
 }
 
 // The density at which walking pixel pairs costs what dense sweeps cost, for a pair of pixels, a channel block and all
@@ -330,9 +333,9 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
   double both = 0, single = 0, ends = 0, dense = 0, all_work = 0;
   const auto add = [&](int vectors, int64_t count) {
-    const double blocks = static_cast<double>(count), work = taps * vectors;
+    const double blocks = static_cast<double>(count), work = taps * vectors * rows_of_sweeps(plan);
     // Point sweeps keep the sums of two pixels apart; others add up to two products of a pair to a sum.
-    const double wait = plan.packs ? costs.wait / sets_of_sums(taps, vectors) : costs.wait;
+    const double wait = plan.packs ? costs.wait / sets_of_sums(taps, static_cast<int>(work) / taps) : costs.wait;
     const double exposed = std::max(0.0, costs.hidden - work) / (costs.hidden - 1) * costs.exposed;
     both += blocks * std::max(2 * work * costs.pair + costs.visit / 2, wait * (plan.packs ? std::min(2, taps) : 1));
     single += blocks * std::max(work * costs.load + costs.visit, wait);
@@ -359,6 +362,13 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const double square = 2 * single - both, root = single * single - square * target / n;
   if (root < 0 || n * both <= target) return kNever;
   return static_cast<float>(target / n / (single + std::sqrt(root)));
+}
+
+// Whether all rows of the kernel go in one sweep: where visits of a row would be short.
+bool offers_tall(const Kernels& kernels, const DataPlan& plan) {
+  return kernels.data.tall_sweep != nullptr && plan.features <= kernels.lanes && plan.fold == 0 &&
+         plan.kernel_rows == kTallRows && widest_strand(plan) == kTallTaps && plan.row_stride == 1 &&
+         plan.classes.size() == 1 && plan.classes.front().strands.size() == 1;
 }
 
 }  // namespace
@@ -414,8 +424,9 @@ DataPlan plan_data(DataOp op, const ConvShape& given, Mode mode, DType dtype, do
   }
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
+  plan.tall = mode != Mode::kDense && offers_tall(kernels, plan);
   choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), density, &plan);
-  plan.pair_density = pair_density(kernels, taps, plan.vectors);
+  plan.pair_density = pair_density(kernels, taps, plan);
   plan.packs = plan.pointwise ? dtype == DType::kF32 && point_packs(machine, kernels, density, plan) : plan.fold == 0;
   plan.copy = !plan.pointwise || plan.packs || dtype != DType::kF32;
   plan.value_work = static_cast<double>(shape.r * shape.s * ceil_div(plan.features, kernels.lanes)) /
@@ -423,6 +434,7 @@ DataPlan plan_data(DataOp op, const ConvShape& given, Mode mode, DType dtype, do
   plan.dense_density = dense_density(machine, kernels, taps, plan);
   const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
   if (dense) {
+    plan.tall = false;
     choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, true, density, plan), 1, &plan);
   }
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;
@@ -477,6 +489,7 @@ Description describe_data(DataOp op, const ConvShape& shape, double density, con
   out.add("shares_of_two_threads", plan.shares(2));
   out.add("copy", plan.copy);
   out.add("packs", plan.packs);
+  out.add("tall", plan.tall);
   out.add("stream", plan.stream);
   out.add("serial", plan.serial);
   out.add("dense_density", plan.dense_density);

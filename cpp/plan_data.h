@@ -10,7 +10,8 @@
 //   FWD of few channels (an image): a window of a row is one run of kernel_columns * channels floats, so its taps fold
 //   into the channels: one tap, pixels are output columns, and neighbouring pixels overlap.
 //   Kernels wider than kMaxTaps: the taps of a strand are cut into several.
-// Along y no splitting is needed: each row of the result has a list of (input row, kernel row).
+// Along y no splitting is needed: each row of the result has a list of (input row, kernel row). Where features fill one
+// vector, tall sweeps take all kernel rows of an input row at once and add to as many rows of the result.
 //
 // Blocking, from outside in, in the order of the loops in run_data.cc:
 //   tile           rows x columns of the result, for all features: its input is scanned once by each thread that
@@ -76,6 +77,7 @@ struct DataPlan {
   bool pointwise;        // the kernel has one tap
   bool copy;             // scan copies the values: packed ones, and narrow ones, which it widens
   bool packs;            // sparse sweeps read packed values, not pixels
+  bool tall;             // sparse sweeps take all rows of the kernel at once, and no tile runs dense
   int64_t in_channels;   // of the operand itself; `channels` counts folded ones
   int64_t fold;          // > 0: taps are folded into channels, and a pixel is `fold` floats after the one before it
   int64_t fold_pad;      // zero floats before the first value of a folded row

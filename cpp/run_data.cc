@@ -22,7 +22,7 @@ struct Range {
 };
 
 // The kernel in the order in which the sweeps read it: [feature block][class][channel block][kernel row][strand], each
-// a filter block [channel][tap][feature].
+// a filter block [channel][tap][feature]. For tall sweeps one of all kernel rows: [channel][tap][kernel row][feature].
 class PackedKernel {
  public:
   PackedKernel(const DataPlan& plan, int lanes) : plan_(plan), lanes_(lanes) {
@@ -52,7 +52,8 @@ class PackedKernel {
     const int64_t features = vectors(block) * lanes_;
     return static_cast<size_t>(block * floats_per_feature_ * plan_.vectors * lanes_ +
                                taps_before_[cls] * padded_channels() * plan_.kernel_rows * features +
-                               (channel_block * plan_.kernel_rows + r) * row_floats(block, cls));
+                               channel_block * plan_.kernel_rows * row_floats(block, cls) +
+                               r * (plan_.tall ? features : row_floats(block, cls)));
   }
 
   // The filter blocks of one kernel row, of feature blocks that have as many vectors as the first of them.
@@ -64,10 +65,10 @@ class PackedKernel {
     const int64_t c0 = channel_block * plan_.channel_block;
     const int64_t channels = std::min<int64_t>(plan_.channel_block, plan_.channels - c0);
     for (const Strand& strand : plan_.classes[cls].strands) {
-      const int64_t pitch = strand.taps * features;
+      const int64_t tap_pitch = plan_.tall ? plan_.kernel_rows * features : features, pitch = strand.taps * tap_pitch;
       for (int t = 0; t < strand.taps; ++t) {
         const int64_t tap = r * plan_.kernel_columns + strand.tap[t];
-        float* to = dst + t * features;
+        float* to = dst + t * tap_pitch;
         if (plan_.op == DataOp::kFwd) {
           kernels.data.pack[index_of(rhs.dtype)](rhs.at((tap * plan_.channels + c0) * plan_.features + f0),
                                                  plan_.features, to, pitch, block_pitch, static_cast<int>(channels),
@@ -156,6 +157,14 @@ class TileInput {
       slot_ += (pixels.size() + 1) / 2 * 2;  // whole pairs
     }
   }
+
+  // Rows of an image.
+  struct Image {
+    int64_t n;
+    Range rows;
+    int64_t slot;  // of its first row
+  };
+  const std::vector<Image>& images() const { return images_; }
 
   int64_t scratch_bytes() const { return Scratch::size<uint64_t>(masks()) + Scratch::size<float>(values()); }
 
@@ -280,11 +289,6 @@ class TileInput {
     const int64_t end = std::clamp<int64_t>(u.size() - first, begin, pixels);
     return {begin, std::min(pixels, (end + kUnit - 1) / kUnit * kUnit)};
   }
-  struct Image {
-    int64_t n;
-    Range rows;
-    int64_t slot;  // of its first row
-  };
   struct PhaseSlot {
     Range pixels;
     int64_t slot;
@@ -452,6 +456,15 @@ struct SumsLayout {
   }
   int64_t columns(int64_t rows) const { return before + rows * pitch + after; }
 
+  // Rows of sums of a tile. Tall sweeps also add to rows that are not there, so each image has all that its input
+  // meets.
+  static int64_t rows_of(const DataPlan& plan, const TileInput& input, Range rows) {
+    if (!plan.tall) return rows.size();
+    int64_t count = 0;
+    for (const TileInput::Image& image : input.images()) count += image.rows.size() + plan.kernel_rows - 1;
+    return count;
+  }
+
   static Range columns_of(const ColumnClass& c, Range columns) {
     return {columns.begin / c.step, std::min(c.columns, columns.end / c.step)};
   }
@@ -475,6 +488,10 @@ class BlockSweeper {
         row_filter_(row_filter),
         ahead_(ahead) {
     const DataPlan& plan = call.plan;
+    if (plan.tall) {
+      place_tall();
+      return;
+    }
     kernel_rows_.resize(rows.size());
     meetings_.resize(plan.kernel_rows);
     for (int64_t g = rows.begin; g < rows.end; ++g) {
@@ -501,11 +518,13 @@ class BlockSweeper {
     first_feature_ = block * plan.vectors * call_.kernels.lanes;
     valid_ = std::min(features_, plan.features - first_feature_);
     for (int64_t g = rows_.begin; g < rows_.end; ++g) {
-      if (walk_ == Walk::kNone || kernel_rows_[g - rows_.begin].end < 0 || class_->strands.empty()) write_zeros(g);
+      if (walk_ == Walk::kNone || (!plan.tall && (kernel_rows_[g - rows_.begin].end < 0 || class_->strands.empty())))
+        write_zeros(g);
     }
     if (walk_ == Walk::kNone) return;
     ways_.clear();
     for (const Strand& strand : class_->strands) ways_.push_back(input_.way(strand, u_));
+    if (plan.tall) return run_tall();
     const int64_t channel_blocks = plan.channel_blocks();
     for (int64_t cb = 0; cb < channel_blocks; ++cb) {
       for (int64_t r = 0; r < plan.kernel_rows; ++r) {
@@ -537,6 +556,94 @@ class BlockSweeper {
     int64_t g;
     InputRow input;
   };
+  struct Tall {
+    int64_t slot;  // of the sums of the first kernel row
+    int64_t last;  // row of the tile that the last kernel row completes; -1: none
+    InputRow input;
+  };
+
+  // Where the sums of the tile's rows are, and what each row of the input adds to. In the order in which the first
+  // kernel row meets a row of the result before the others do.
+  void place_tall() {
+    const DataPlan& plan = call_.plan;
+    const int64_t more = plan.kernel_rows - 1;
+    const bool fwd = plan.op == DataOp::kFwd;
+    slots_.assign(rows_.size(), -1);
+    int64_t slot = 0;
+    for (const TileInput::Image& image : input_.images()) {
+      if (image.rows.size() == 0) continue;
+      // Kernel row r of input row y adds to y + pad - r (FWD) or y - pad + r.
+      const int64_t first = image.rows.begin + (fwd ? plan.row_pad - more : -plan.row_pad);
+      const int64_t before = image.n * plan.out_rows - rows_.begin;  // from rows of the result to rows of the tile
+      const auto in_tile = [&](int64_t y) {
+        return y >= 0 && y < plan.out_rows && y + before >= 0 && y + before < rows_.size();
+      };
+      for (int64_t i = 0; i < image.rows.size() + more; ++i) {
+        if (in_tile(first + i)) slots_[first + i + before] = slot + i;
+      }
+      for (int64_t i = 0; i < image.rows.size(); ++i) {
+        const int64_t last = fwd ? i : i + more;
+        tall_.push_back({slot + (fwd ? i + more : i), in_tile(first + last) ? first + last + before : -1,
+                         input_.row(image.n, image.rows.begin + i)});
+      }
+      slot += image.rows.size() + more;
+    }
+    if (!fwd) std::reverse(tall_.begin(), tall_.end());
+    sum_rows_ = slot;
+  }
+
+  void run_tall() {
+    const DataPlan& plan = call_.plan;
+    const int64_t row = layout_.pitch * features_;
+    const Strand& strand = class_->strands.front();
+    const TileInput::Way& way = ways_.front();
+    const bool plain = call_.plain() && valid_ == features_;
+    const bool covers = way.pixels > 0 && way.reach.begin <= 0 && way.reach.end >= u_.size();
+    // Rows that the first kernel row does not meet, or all.
+    std::vector<bool> zero(sum_rows_, true);
+    for (const Tall& t : tall_) zero[t.slot] = !covers;
+    const int64_t before = layout_.before * features_;
+    for (int64_t slot = 0; slot < sum_rows_; ++slot) {
+      if (zero[slot]) std::fill(sums_ + slot * row - before, sums_ + (slot + 1) * row, 0.0f);
+    }
+    SweepArgs args{};
+    args.pairs = walk_ == Walk::kPairs;
+    args.take = plan.take;
+    args.row_pitch = plan.op == DataOp::kFwd ? -row : row;
+    args.pixels = way.pixels;
+    args.first = way.first;
+    args.columns = static_cast<int>(u_.size());
+    args.out_pitch = result_pitch();
+    args.stream = call_.stream;
+    bool placed = false;
+    for (int64_t cb = 0; cb < plan.channel_blocks() && way.pixels > 0; ++cb) {
+      const bool last = cb + 1 == plan.channel_blocks();
+      sweep_rows_.clear();
+      for (const Tall& t : tall_) {
+        SweepRow to{};
+        input_.aim(t.input, strand, way, cb, &to);
+        to.sums = sums_ + t.slot * row;
+        to.zero = covers && cb == 0;
+        if (plain && last && t.last >= 0) {
+          to.out = static_cast<float*>(call_.result.at(result_index(rows_.begin + t.last, u_)));
+        }
+        sweep_rows_.push_back(to);
+      }
+      args.rows = sweep_rows_.data();
+      args.count = static_cast<int>(sweep_rows_.size());
+      args.filter = call_.packed + call_.layout.offset(block_, 0, cb, 0);
+      ahead_->aim(u_.size(), args.count, &args);
+      placed = call_.kernels.data.tall_sweep(args) && plain;
+    }
+    std::vector<bool> done(rows_.size(), false);
+    for (const Tall& t : tall_) {
+      if (placed && t.last >= 0) done[t.last] = true;
+    }
+    for (int64_t i = 0; i < rows_.size(); ++i) {
+      if (done[i]) continue;
+      slots_[i] < 0 ? write_zeros(rows_.begin + i) : finish(rows_.begin + i, u_, sums_ + slots_[i] * row);
+    }
+  }
 
   float* sums_of(int64_t g) const { return sums_ + (g - rows_.begin) * layout_.pitch * features_; }
 
@@ -709,6 +816,10 @@ class BlockSweeper {
   InputAhead* ahead_;
   std::vector<Range> kernel_rows_;  // of each row of the tile: [first, last], or first > last if it has none
   std::vector<std::vector<Meeting>> meetings_;  // of each kernel row: what it brings together
+  // Of tall sweeps:
+  std::vector<Tall> tall_;
+  std::vector<int64_t> slots_;  // of each row of the tile; -1: it meets no input
+  int64_t sum_rows_ = 0;
   // Of the block at hand:
   const ColumnClass* class_ = nullptr;
   Range u_{0, 0};                     // its columns
@@ -726,7 +837,7 @@ void count_path(DataOp op, bool dense) {
 Walk choose_walk(const Call& call, TileInput& input) {
   const DataPlan& plan = call.plan;
   const auto dense = [&](double density) {
-    return call.mode != Mode::kSparse && (call.mode == Mode::kDense || density >= plan.dense_density);
+    return call.mode != Mode::kSparse && !plan.tall && (call.mode == Mode::kDense || density >= plan.dense_density);
   };
   if (dense(call.density) && (call.mode == Mode::kDense || dense(input.sample(call.kernels)))) {
     input.copy(call.kernels);
@@ -814,7 +925,7 @@ void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share shar
   TileInput input(plan, call.input, rows, columns);
   const int64_t block_features = plan.vectors * call.kernels.lanes;
   const SumsLayout layout(plan, input, columns, plan.packs);
-  const int64_t sum_floats = layout.columns(rows.size()) * block_features;
+  const int64_t sum_floats = layout.columns(SumsLayout::rows_of(plan, input, rows)) * block_features;
   int64_t row_floats = 0;
   for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
     row_floats = std::max(row_floats, call.layout.row_floats(0, cls));
@@ -831,7 +942,7 @@ void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share shar
   const bool dense = walk == Walk::kDense;
   int64_t sweeps = 0;
   for (const ColumnClass& c : plan.classes) sweeps += c.strands.size();
-  sweeps *= rows.size() * plan.kernel_rows * plan.blocks * plan.channel_blocks();
+  sweeps *= rows.size() * (plan.tall ? 1 : plan.kernel_rows) * plan.blocks * plan.channel_blocks();
   InputAhead ahead(call.input.at(next.begin), next.size() * call.input.size(), columns.size(), sweeps);
   BlockSweeper sweeper(call, input, walk, rows, columns, layout, sums, finished, row_filter, &ahead);
   for (; share.blocks.size() > 0; share.blocks = queue->take(share.tile)) {
@@ -852,7 +963,7 @@ void conv_data(const Kernels& isa, DataOp op, const ConvShape& shape, Mode mode,
   const PackedKernel layout(plan, k.lanes);
   const int64_t channel_blocks = plan.channel_blocks();
   const int64_t column_tiles = plan.column_tiles(), tiles = plan.tiles();
-  const bool packs_ahead = tiles > 2;
+  const bool packs_ahead = tiles > 2 || plan.tall;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
   const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
   const bool stream = plan.stream && aligned && result.dtype == DType::kF32;

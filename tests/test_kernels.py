@@ -193,6 +193,40 @@ def test_weight_gradients_of_neighbouring_nonzeros_are_exact(case: Case, isa: st
         np.testing.assert_array_equal(got, want, err_msg=f"{sparsity} {pattern}")
 
 
+# Few features and 3x3 taps: all rows of the kernel in one sweep. Channels and features as in FWD.
+TALL = [
+    same(Case(5, 9, 11, 20, 8, 3, 3)),
+    same(Case(2, 12, 8, 130, 7, 3, 3)),  # channels in blocks
+    Case(3, 7, 9, 16, 8, 3, 3),  # no padding: rows at the border meet fewer rows of the kernel in BWI
+    Case(2, 6, 7, 20, 5, 3, 3, (1, 1), ((2, 0), (0, 2))),
+    Case(2, 4, 5, 20, 8, 3, 3, (1, 1), ((5, 4), (3, 6))),  # windows that see only padding
+    same(Case(3, 1, 20, 16, 8, 3, 3)),
+    same(Case(3, 20, 1, 16, 8, 3, 3)),
+    same(Case(1, 3, 9000, 8, 8, 3, 3)),  # rows in pieces
+    same(Case(2, 90, 90, 8, 8, 3, 3)),  # images in tiles
+]
+
+
+@pytest.mark.parametrize("case", TALL, ids=str)
+@pytest.mark.parametrize("component", ["fwd", "bwd_input"])
+def test_sweeps_over_all_rows_of_the_kernel_are_exact(component: str, case: Case, isa: str) -> None:
+    if component == "bwd_input":
+        case = case._replace(c=case.k, k=case.c)
+    dims = [case.n, case.h, case.w, case.c, case.k, case.r, case.s]
+    plan = native.plan(component, dims, spec_of(case).geometry, 0.5)
+    assert plan["tall"] == 1 or isa == "portable"
+    rng = seed("tall", component, case)
+    first, second = operand_shapes(component, case)
+    for sparsity, pattern in ((0.5, "iid"), (0.9, "blobs"), (0.3, "images"), (0.0, "iid"), (0.97, "iid")):
+        a = values(rng, first, sparsity, pattern, integers=True)
+        b = values(rng, second, integers=True)
+        want = COMPONENTS[component](case, a, b).astype(np.float32)
+        np.testing.assert_array_equal(run(component, case, a, b, "sparse"), want, err_msg=f"{sparsity} {pattern}")
+        narrow = [jnp.asarray(operand, "bfloat16") for operand in (a, b)]
+        got = FUNCTIONS[component](*narrow, spec=spec_of(case, "sparse"))
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(jnp.asarray(want, "bfloat16")))
+
+
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_every_position_of_a_single_nonzero_is_found(component: str, isa: str) -> None:
     case = same(Case(2, 3, 5, 18, 19, 3, 3))
