@@ -23,9 +23,9 @@
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
 //   kernel row, strand, row of the tile: one sweep
 //
-// Scratch: per thread a tile's sums, a fifth of L2 and a few columns for each row, and the copy of its input with
-// masks, twice L2 and the halo of the kernel's rows; per call the packed kernel. (A single row that is larger than
-// these may exceed them.)
+// Scratch: per thread a tile's sums, a fifth of L2, a few columns for each row and, in tall sweeps, two rows for each
+// image, and the copy of its input with masks, twice L2 and the halo of the kernel's rows; per call the packed kernel.
+// (A single row that is larger than these may exceed them.)
 #pragma once
 
 #include <cstdint>
