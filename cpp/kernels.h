@@ -38,10 +38,10 @@ struct Ahead {
   ptrdiff_t row_pitch, piece_pitch;  // bytes
 };
 
-// One sweep: a row of input pixels, one block of input channels, the taps of one filter row, one block of output
-// features. Pixel i contributes value[i][c] * filter[c][t][:] to output column first + i + taps-1-t. The sums of a row
-// lie in scratch that has room for all columns that the pixels reach, first .. first + taps-1 + pixels (one more if
-// that is odd), also where the result has none.
+// One sweep: a row of input pixels, one block of input channels, the taps of one filter row (or of all, in tall
+// sweeps), one block of output features. Pixel i contributes value[i][c] * filter[c][t][:] to output column first + i +
+// taps-1-t. The sums of a row lie in scratch that has room for all columns that the pixels reach, first .. first +
+// taps-1 + pixels (one more if that is odd), also where the result has none.
 struct SweepRow {
   const float* values;    // packed, as kPairs or kSingles
   const uint64_t* masks;  // a pixel's channels to visit, a bit each; zero for the one that makes an odd number even
@@ -130,7 +130,8 @@ struct DataKernels {
   // `rounds` times kFmaBurst independent multiply-adds of a vector, nothing else: the peak that figures are compared
   // with.
   void (*fma_burst)(int64_t rounds);
-  bool (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);  // [taps][vectors]; null: not offered
+  // [taps][vectors]; null: not offered. Returns whether rows with an `out` went there.
+  bool (*sweep[kMaxTaps + 1][kMaxVectors + 1])(const SweepArgs&);
   // A vector of features, all kTallRows rows of a kernel of kTallTaps columns; null: not offered. A row's `sums` and
   // `zero` are for the first of these, `out` for the last; the others add to sums.
   bool (*tall_sweep)(const SweepArgs&);

@@ -43,10 +43,6 @@ struct Columns {
     unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::load(tile + v * kLanes); });
   }
 
-  static ST_INLINE void save(float* tile, const Vec (&sums)[kVectors]) {
-    unroll<kVectors>([&](auto v) ST_LAMBDA { Isa::store(tile + v * kLanes, sums[v]); });
-  }
-
   static ST_INLINE void clear(Vec (&sums)[kVectors]) {
     unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::zero(); });
   }

@@ -318,7 +318,23 @@ bool serial(const Machine& machine, const Kernels& kernels, const DataPlan& plan
 constexpr float kPairs = 0.25f, kTallPairs = 0.35f, kManyPairs = 0.5f;
 float pair_density(const Kernels& kernels, int taps, const DataPlan& plan) {
   const bool few = plan.tall || taps * plan.vectors <= (taps > 1 ? 6 : 3);
-  return kernels.lanes == 8 && few ? kManyPairs : plan.tall ? kTallPairs : kPairs;
+  if (kernels.lanes == 8 && few) return kManyPairs;
+  return plan.tall ? kTallPairs : kPairs;
+}
+
+// How much more tall sweeps multiply than the result needs: of an input row that is swept for fewer rows than the
+// kernel has. 1 for other sweeps.
+double idle_rows(const DataPlan& plan) {
+  if (!plan.tall) return 1;
+  if (plan.tile_rows < plan.out_rows) {
+    return static_cast<double>(plan.tile_rows + plan.kernel_rows - 1) / static_cast<double>(plan.tile_rows);
+  }
+  int64_t met = 0;
+  for (int64_t y = 0; y < plan.out_rows; ++y) {
+    for (int64_t r = 0; r < plan.kernel_rows; ++r) met += plan.input_row(y, r) >= 0 ? 1 : 0;
+  }
+  const auto [begin, end] = plan.input_rows(0, plan.out_rows);
+  return static_cast<double>((end - begin) * plan.kernel_rows) / static_cast<double>(std::max<int64_t>(met, 1));
 }
 
 // The density at which walking pixel pairs costs what dense sweeps cost, for a pair of pixels, a channel block and all
@@ -333,20 +349,26 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   // n (d^2 both + 2 d (1 - d) single) + ends + scan = dense
   double both = 0, single = 0, ends = 0, dense = 0, all_work = 0;
   const auto add = [&](int vectors, int64_t count) {
-    const double blocks = static_cast<double>(count), work = taps * vectors * rows_of_sweeps(plan);
+    const int dense_vectors = vectors;
+    vectors *= rows_of_sweeps(plan);
+    const double blocks = static_cast<double>(count), work = taps * vectors;
     // Point sweeps keep the sums of two pixels apart; others add up to two products of a pair to a sum.
-    const double wait = plan.packs ? costs.wait / sets_of_sums(taps, static_cast<int>(work) / taps) : costs.wait;
+    const double wait = plan.packs ? costs.wait / sets_of_sums(taps, vectors) : costs.wait;
     const double exposed = std::max(0.0, costs.hidden - work) / (costs.hidden - 1) * costs.exposed;
     both += blocks * std::max(2 * work * costs.pair + costs.visit / 2, wait * (plan.packs ? std::min(2, taps) : 1));
     single += blocks * std::max(work * costs.load + costs.visit, wait);
     const double step = costs.step * std::min(1.0, work - 1);  // of one multiply-add it is in `exposed`
     ends += blocks * (costs.ends + (plan.packs ? exposed * std::min(1.0, n / kLong) : exposed + step));
     dense += blocks * 2 * work * n *
-             std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, vectors));
+             std::max(costs.dense + ends_of_rows * costs.ends_of_rows, waiting(kernels, taps, dense_vectors));
     all_work += blocks * work;
   };
   add(plan.vectors, plan.blocks - 1);
   add(plan.last_vectors, 1);
+  const double idle = idle_rows(plan);
+  both *= idle;
+  single *= idle;
+  ends *= idle;
   // Scanning or packing two pixels, shared by all sweeps that read them.
   const double apart = plan.pointwise && plan.phases.front().step > 1 ? 2 : 1;  // lines that are not read anyway
   const double scan = plan.packs && !plan.pointwise
@@ -355,20 +377,33 @@ float dense_density(const Machine& machine, const Kernels& kernels, int taps, co
   const double target = dense - ends - scan;
   // Two single pixels: 2 n d single + ends / 2 + scan = dense
   const double alone = std::max(0.0, (dense - ends / 2 - scan) / (2 * n * single));
-  if (plan.pair_density > kPairs && alone < plan.pair_density) return static_cast<float>(alone);
-  if (target <= 0) return 0;
+  const bool singles = plan.pair_density > kPairs;  // instead of what pairs cost up to there
+  if (singles && alone < plan.pair_density) return static_cast<float>(alone);
+  const float least = singles ? plan.pair_density : 0;
+  if (target <= 0) return least;
   // The smaller root of (2 single - both) d^2 - 2 single d + target / n, written so that both signs of the first
   // coefficient are safe.
   const double square = 2 * single - both, root = single * single - square * target / n;
   if (root < 0 || n * both <= target) return kNever;
-  return static_cast<float>(target / n / (single + std::sqrt(root)));
+  return std::max(least, static_cast<float>(target / n / (single + std::sqrt(root))));
 }
 
-// Whether all rows of the kernel go in one sweep: where visits of a row would be short.
+// Whether all rows of the kernel may go in one sweep: where visits of a row would be short.
 bool offers_tall(const Kernels& kernels, const DataPlan& plan) {
   return kernels.data.tall_sweep != nullptr && plan.features <= kernels.lanes && plan.fold == 0 &&
          plan.kernel_rows == kTallRows && widest_strand(plan) == kTallTaps && plan.row_stride == 1 &&
          plan.classes.size() == 1 && plan.classes.front().strands.size() == 1;
+}
+
+// How sparse sweeps go, and up to which density.
+void choose_walks(const Machine& machine, const Kernels& kernels, DType dtype, double density, int taps,
+                  DataPlan* plan) {
+  choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, *plan), density, plan);
+  plan->pair_density = pair_density(kernels, taps, *plan);
+  plan->packs =
+      plan->pointwise ? dtype == DType::kF32 && point_packs(machine, kernels, density, *plan) : plan->fold == 0;
+  plan->copy = !plan->pointwise || plan->packs || dtype != DType::kF32;
+  plan->dense_density = dense_density(machine, kernels, taps, *plan);
 }
 
 }  // namespace
@@ -424,17 +459,18 @@ DataPlan plan_data(DataOp op, const ConvShape& given, Mode mode, DType dtype, do
   }
   const int taps = widest_strand(plan);
   plan.pointwise = shape.r * shape.s == 1;
-  plan.tall = mode != Mode::kDense && offers_tall(kernels, plan);
-  choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, false, density, plan), density, &plan);
-  plan.pair_density = pair_density(kernels, taps, plan);
-  plan.packs = plan.pointwise ? dtype == DType::kF32 && point_packs(machine, kernels, density, plan) : plan.fold == 0;
-  plan.copy = !plan.pointwise || plan.packs || dtype != DType::kF32;
   plan.value_work = static_cast<double>(shape.r * shape.s * ceil_div(plan.features, kernels.lanes)) /
                     static_cast<double>(fwd ? shape.stride_h * shape.stride_w : 1);
-  plan.dense_density = dense_density(machine, kernels, taps, plan);
+  plan.tall = mode != Mode::kDense && offers_tall(kernels, plan);
+  choose_walks(machine, kernels, dtype, density, taps, &plan);
+  // What is dense for tall sweeps may be sparse for others.
+  constexpr double kMostIdle = 1.4;
+  if (plan.tall && (idle_rows(plan) > kMostIdle || (mode == Mode::kAuto && density >= plan.dense_density))) {
+    plan.tall = false;
+    choose_walks(machine, kernels, dtype, density, taps, &plan);
+  }
   const bool dense = mode == Mode::kDense || (mode == Mode::kAuto && density >= plan.dense_density);
   if (dense) {
-    plan.tall = false;
     choose_blocks(machine, kernels, choose_blocking(machine, kernels, taps, true, density, plan), 1, &plan);
   }
   const int64_t result_bytes = 4 * plan.images * plan.out_rows * plan.out_columns * plan.features;

@@ -23,7 +23,7 @@
 //   channel block  with the taps of one strand and a feature block it makes a filter block that stays in L1
 //   kernel row, strand, row of the tile: one sweep
 //
-// Scratch: per thread a tile's sums, a fifth of L2, a few columns for each row and, in tall sweeps, two rows for each
+// Scratch: per thread a tile's sums, a fifth of L2, a few columns for each row and, in tall sweeps, four rows for each
 // image, and the copy of its input with masks, twice L2 and the halo of the kernel's rows; per call the packed kernel.
 // (A single row that is larger than these may exceed them.)
 #pragma once
@@ -86,7 +86,7 @@ struct DataPlan {
   double visited;        // the share of values that are expected to be: of dense plans, all
   bool take;             // single values come out of a register
   bool serial;           // too small for threads
-  float dense_density;   // a tile with at least this share of non-zeros runs dense; above 1: none does
+  float dense_density;   // a tile with at least this share of non-zeros runs dense, unless tall; above 1: none does
   float pair_density;    // a tile with at least this share of non-zeros walks pixel pairs
 
   int64_t channel_blocks() const { return ceil_div(channels, channel_block); }
@@ -111,12 +111,12 @@ const Kernels& kernels_for(int64_t features, const Machine& machine, const Kerne
 
 // `kernels` are those for its features, `dtype` is that of the operands, `density` the share of non-zeros that the
 // checked one is expected to have: dense tiles like other blocks than sparse ones, and few non-zeros others than many.
-// In mode auto each tile still decides by its own density.
+// In mode auto each tile still decides by its own density, unless sweeps are tall.
 DataPlan plan_data(DataOp op, const ConvShape& shape, Mode mode, DType dtype, double density, const Machine& machine,
                    const Kernels& kernels);
 
-// What plan_data would do with float32 in mode auto. `kernels` are those of the ISA in force.
+// What plan_data would do with float32 in mode auto. `isa`: the kernels of the ISA in force.
 Description describe_data(DataOp op, const ConvShape& shape, double density, const Machine& machine,
-                          const Kernels& kernels);
+                          const Kernels& isa);
 
 }  // namespace sparsetrain

@@ -165,6 +165,13 @@ class TileInput {
     int64_t slot;  // of its first row
   };
   const std::vector<Image>& images() const { return images_; }
+  int64_t rows() const { return rows_; }
+  // Of sums: those that its rows meet in tall sweeps, also if the tile has none such.
+  int64_t tall_rows() const {
+    int64_t count = rows_;
+    for (const Image& image : images_) count += image.rows.size() > 0 ? plan_.kernel_rows - 1 : 0;
+    return count;
+  }
 
   int64_t scratch_bytes() const { return Scratch::size<uint64_t>(masks()) + Scratch::size<float>(values()); }
 
@@ -456,15 +463,6 @@ struct SumsLayout {
   }
   int64_t columns(int64_t rows) const { return before + rows * pitch + after; }
 
-  // Rows of sums of a tile. Tall sweeps also add to rows that are not there, so each image has all that its input
-  // meets.
-  static int64_t rows_of(const DataPlan& plan, const TileInput& input, Range rows) {
-    if (!plan.tall) return rows.size();
-    int64_t count = 0;
-    for (const TileInput::Image& image : input.images()) count += image.rows.size() + plan.kernel_rows - 1;
-    return count;
-  }
-
   static Range columns_of(const ColumnClass& c, Range columns) {
     return {columns.begin / c.step, std::min(c.columns, columns.end / c.step)};
   }
@@ -517,14 +515,16 @@ class BlockSweeper {
     features_ = vectors_ * call_.kernels.lanes;
     first_feature_ = block * plan.vectors * call_.kernels.lanes;
     valid_ = std::min(features_, plan.features - first_feature_);
-    for (int64_t g = rows_.begin; g < rows_.end; ++g) {
-      if (walk_ == Walk::kNone || (!plan.tall && (kernel_rows_[g - rows_.begin].end < 0 || class_->strands.empty())))
-        write_zeros(g);
+    if (walk_ == Walk::kNone) {
+      for (int64_t g = rows_.begin; g < rows_.end; ++g) write_zeros(g);
+      return;
     }
-    if (walk_ == Walk::kNone) return;
     ways_.clear();
     for (const Strand& strand : class_->strands) ways_.push_back(input_.way(strand, u_));
     if (plan.tall) return run_tall();
+    for (int64_t g = rows_.begin; g < rows_.end; ++g) {
+      if (kernel_rows_[g - rows_.begin].end < 0 || class_->strands.empty()) write_zeros(g);
+    }
     const int64_t channel_blocks = plan.channel_blocks();
     for (int64_t cb = 0; cb < channel_blocks; ++cb) {
       for (int64_t r = 0; r < plan.kernel_rows; ++r) {
@@ -569,6 +569,8 @@ class BlockSweeper {
     const int64_t more = plan.kernel_rows - 1;
     const bool fwd = plan.op == DataOp::kFwd;
     slots_.assign(rows_.size(), -1);
+    complete_.assign(rows_.size(), false);
+    fresh_.assign(input_.tall_rows(), false);
     int64_t slot = 0;
     for (const TileInput::Image& image : input_.images()) {
       if (image.rows.size() == 0) continue;
@@ -582,67 +584,72 @@ class BlockSweeper {
         if (in_tile(first + i)) slots_[first + i + before] = slot + i;
       }
       for (int64_t i = 0; i < image.rows.size(); ++i) {
-        const int64_t last = fwd ? i : i + more;
-        tall_.push_back({slot + (fwd ? i + more : i), in_tile(first + last) ? first + last + before : -1,
+        const int64_t last = first + (fwd ? i : i + more);
+        tall_.push_back({slot + (fwd ? i + more : i), in_tile(last) ? last + before : -1,
                          input_.row(image.n, image.rows.begin + i)});
+        fresh_[tall_.back().slot] = true;
+        if (in_tile(last)) complete_[last + before] = true;
       }
       slot += image.rows.size() + more;
     }
     if (!fwd) std::reverse(tall_.begin(), tall_.end());
-    sum_rows_ = slot;
   }
 
   void run_tall() {
-    const DataPlan& plan = call_.plan;
-    const int64_t row = layout_.pitch * features_;
-    const Strand& strand = class_->strands.front();
+    const int64_t row = layout_.pitch * features_, before = layout_.before * features_;
     const TileInput::Way& way = ways_.front();
-    const bool plain = call_.plain() && valid_ == features_;
-    const bool covers = way.pixels > 0 && way.reach.begin <= 0 && way.reach.end >= u_.size();
-    // Rows that the first kernel row does not meet, or all.
-    std::vector<bool> zero(sum_rows_, true);
-    for (const Tall& t : tall_) zero[t.slot] = !covers;
-    const int64_t before = layout_.before * features_;
-    for (int64_t slot = 0; slot < sum_rows_; ++slot) {
-      if (zero[slot]) std::fill(sums_ + slot * row - before, sums_ + (slot + 1) * row, 0.0f);
+    for (size_t slot = 0; slot < fresh_.size(); ++slot) {
+      float* sums = sums_ + static_cast<int64_t>(slot) * row;
+      if (!fresh_[slot] || !covers(way)) std::fill(sums - before, sums + row, 0.0f);
     }
+    SweepArgs args = packed_args(way);
+    args.row_pitch = call_.plan.op == DataOp::kFwd ? -row : row;
+    bool placed = false;
+    for (int64_t cb = 0; cb < call_.plan.channel_blocks() && way.pixels > 0; ++cb) {
+      const bool last = cb + 1 == call_.plan.channel_blocks();
+      sweep_rows_.clear();
+      for (const Tall& t : tall_) {
+        SweepRow to{};
+        input_.aim(t.input, class_->strands.front(), way, cb, &to);
+        to.sums = sums_ + t.slot * row;
+        to.zero = cb == 0 && covers(way);
+        if (plain() && last && t.last >= 0) to.out = out_of(rows_.begin + t.last);
+        sweep_rows_.push_back(to);
+      }
+      aim(&args, call_.packed + call_.layout.offset(block_, 0, cb, 0));
+      placed = call_.kernels.data.tall_sweep(args) && plain();
+    }
+    for (int64_t i = 0; i < rows_.size(); ++i) {
+      if (placed && complete_[i]) continue;
+      slots_[i] < 0 ? write_zeros(rows_.begin + i) : finish(rows_.begin + i, u_, sums_ + slots_[i] * row);
+    }
+  }
+
+  // Whether packed sweeps may write the result themselves.
+  bool plain() const { return call_.plain() && valid_ == features_; }
+  float* out_of(int64_t g) const { return static_cast<float*>(call_.result.at(result_index(g, u_))); }
+  // Whether a sweep reaches all columns.
+  bool covers(const TileInput::Way& way) const {
+    return way.pixels > 0 && way.reach.begin <= 0 && way.reach.end >= u_.size();
+  }
+  // For all packed sweeps that go one way.
+  SweepArgs packed_args(const TileInput::Way& way) const {
     SweepArgs args{};
     args.pairs = walk_ == Walk::kPairs;
-    args.take = plan.take;
-    args.row_pitch = plan.op == DataOp::kFwd ? -row : row;
+    args.take = call_.plan.take;
     args.pixels = way.pixels;
     args.first = way.first;
     args.columns = static_cast<int>(u_.size());
     args.out_pitch = result_pitch();
     args.stream = call_.stream;
-    bool placed = false;
-    for (int64_t cb = 0; cb < plan.channel_blocks() && way.pixels > 0; ++cb) {
-      const bool last = cb + 1 == plan.channel_blocks();
-      sweep_rows_.clear();
-      for (const Tall& t : tall_) {
-        SweepRow to{};
-        input_.aim(t.input, strand, way, cb, &to);
-        to.sums = sums_ + t.slot * row;
-        to.zero = covers && cb == 0;
-        if (plain && last && t.last >= 0) {
-          to.out = static_cast<float*>(call_.result.at(result_index(rows_.begin + t.last, u_)));
-        }
-        sweep_rows_.push_back(to);
-      }
-      args.rows = sweep_rows_.data();
-      args.count = static_cast<int>(sweep_rows_.size());
-      args.filter = call_.packed + call_.layout.offset(block_, 0, cb, 0);
-      ahead_->aim(u_.size(), args.count, &args);
-      placed = call_.kernels.data.tall_sweep(args) && plain;
-    }
-    std::vector<bool> done(rows_.size(), false);
-    for (const Tall& t : tall_) {
-      if (placed && t.last >= 0) done[t.last] = true;
-    }
-    for (int64_t i = 0; i < rows_.size(); ++i) {
-      if (done[i]) continue;
-      slots_[i] < 0 ? write_zeros(rows_.begin + i) : finish(rows_.begin + i, u_, sums_ + slots_[i] * row);
-    }
+    return args;
+  }
+  // Over the rows at hand.
+  void aim(SweepArgs* args, const float* filter) {
+    args->rows = sweep_rows_.data();
+    args->count = static_cast<int>(sweep_rows_.size());
+    args->filter = filter;
+    ahead_->aim(u_.size(), args->count, args);
   }
 
   float* sums_of(int64_t g) const { return sums_ + (g - rows_.begin) * layout_.pitch * features_; }
@@ -694,36 +701,24 @@ class BlockSweeper {
   }
 
   void run_packed(const Sweep& s) {
-    const bool plain = call_.plain() && valid_ == features_;
-    const bool covers = s.way.pixels > 0 && s.way.reach.begin <= 0 && s.way.reach.end >= u_.size();
     sweep_rows_.clear();
     for (const Meeting& m : meetings_[s.r]) {
       SweepRow row{};
       input_.aim(m.input, s.strand, s.way, s.channel_block, &row);
       row.sums = sums_of(m.g);
       row.zero = is_first(s, m.g);
-      if (row.zero && !covers) {
+      if (row.zero && !covers(s.way)) {
         std::fill(row.sums, row.sums + u_.size() * features_, 0.0f);
         row.zero = false;
       }
-      if (plain && is_last(s, m.g)) row.out = static_cast<float*>(call_.result.at(result_index(m.g, u_)));
+      if (plain() && is_last(s, m.g)) row.out = out_of(m.g);
       sweep_rows_.push_back(row);
     }
-    SweepArgs args{};
-    args.rows = sweep_rows_.data();
-    args.count = static_cast<int>(sweep_rows_.size());
-    args.pairs = walk_ == Walk::kPairs;
-    args.take = call_.plan.take;
-    args.filter = s.filter;
-    args.pixels = s.way.pixels;
-    args.first = s.way.first;
-    args.columns = static_cast<int>(u_.size());
-    args.out_pitch = result_pitch();
-    args.stream = call_.stream;
+    SweepArgs args = packed_args(s.way);
+    aim(&args, s.filter);
     args.filter_ahead = filter_ahead(s, args.count);
-    ahead_->aim(u_.size(), args.count, &args);
     const bool placed = s.way.pixels > 0 && call_.kernels.data.sweep[s.strand.taps][vectors_](args);
-    if (placed && plain) return;
+    if (placed && plain()) return;
     for (const Meeting& m : meetings_[s.r]) {
       if (is_last(s, m.g)) finish(m.g, u_, sums_of(m.g));
     }
@@ -818,8 +813,9 @@ class BlockSweeper {
   std::vector<std::vector<Meeting>> meetings_;  // of each kernel row: what it brings together
   // Of tall sweeps:
   std::vector<Tall> tall_;
-  std::vector<int64_t> slots_;  // of each row of the tile; -1: it meets no input
-  int64_t sum_rows_ = 0;
+  std::vector<int64_t> slots_;  // of each row of the tile, its sums; -1: it meets no input
+  std::vector<bool> complete_;  // of each row of the tile: the last kernel row meets it
+  std::vector<bool> fresh_;     // of each slot: the first kernel row meets it
   // Of the block at hand:
   const ColumnClass* class_ = nullptr;
   Range u_{0, 0};                     // its columns
@@ -925,7 +921,7 @@ void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share shar
   TileInput input(plan, call.input, rows, columns);
   const int64_t block_features = plan.vectors * call.kernels.lanes;
   const SumsLayout layout(plan, input, columns, plan.packs);
-  const int64_t sum_floats = layout.columns(SumsLayout::rows_of(plan, input, rows)) * block_features;
+  const int64_t sum_floats = layout.columns(plan.tall ? input.tall_rows() : rows.size()) * block_features;
   int64_t row_floats = 0;
   for (size_t cls = 0; cls < plan.classes.size() && call.packed == nullptr; ++cls) {
     row_floats = std::max(row_floats, call.layout.row_floats(0, cls));
@@ -942,7 +938,7 @@ void run_tile(const Call& call, Range rows, Range columns, TileQueue::Share shar
   const bool dense = walk == Walk::kDense;
   int64_t sweeps = 0;
   for (const ColumnClass& c : plan.classes) sweeps += c.strands.size();
-  sweeps *= rows.size() * (plan.tall ? 1 : plan.kernel_rows) * plan.blocks * plan.channel_blocks();
+  sweeps *= (plan.tall ? input.rows() : rows.size() * plan.kernel_rows) * plan.blocks * plan.channel_blocks();
   InputAhead ahead(call.input.at(next.begin), next.size() * call.input.size(), columns.size(), sweeps);
   BlockSweeper sweeper(call, input, walk, rows, columns, layout, sums, finished, row_filter, &ahead);
   for (; share.blocks.size() > 0; share.blocks = queue->take(share.tile)) {
