@@ -840,7 +840,7 @@ def test_the_explanation_names_source_lines_paths_and_reasons() -> None:
 
 
 def test_the_explanation_says_what_is_compiled_for_few_features() -> None:
-    x, w = integers(0, 1, 9, 9, 4), integers(1, 3, 3, 4, 16)
+    x, w = integers(0, 1, 9, 9, 3), integers(1, 3, 3, 3, 16)
     for fun, path, target in (
         (lambda x, w: energy(conv(relu(x), w)), "sparse", "bwd_input_masked_v1"),
         (lambda x, w: energy(conv(x, w)), "lax", "convolution"),
