@@ -417,14 +417,14 @@ struct PointProductArgs {
   const uint16_t* lists;
   const int* starts;
   int count;             // of pixels
-  const void* const* g;  // feature 0 of each
+  const void* const* g;  // feature 0 of each, and of kPointsAhead more, which are fetched
   int64_t feature;       // the first of the step
   int features;          // at most vectors * lanes; filters are zero beyond
   const float* filter;   // [channel][vectors * lanes], 64-byte aligned
   float* values;
   bool first;  // values start from zero
-  WeightsPrefetch next[2];
 };
+constexpr int kPointsAhead = 4;
 
 // Writes the values to the pixels of dlhs, and zeros where a channel is not active.
 struct PointStoreArgs {

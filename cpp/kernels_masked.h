@@ -208,16 +208,26 @@ struct PointProduct {
   }
 
   static void run(const PointProductArgs& args) {
+    constexpr int kLines = (kVectors * kLanes * sizeof(T) + 63) / 64;
     const char* filter = reinterpret_cast<const char*>(args.filter);
-    const uint16_t* list = args.lists;
-    float* values = args.values;
-    Prefetcher next_g(args.next[0], args.count), next_x(args.next[1], args.count);
-    for (int p = 0; p < args.count; ++p) {
-      next_g.turn();
-      next_x.turn();
+    // Stores of values cannot change these.
+    const void* const* pixels = args.g;
+    const int* starts = args.starts;
+    const uint16_t* lists = args.lists;
+    float* all_values = args.values;
+    const int64_t feature = args.feature;
+    const int features = args.features, count = args.count;
+    const bool first = args.first;
+    for (int p = 0; p < count; ++p) {
+      const char* ahead = reinterpret_cast<const char*>(static_cast<const T*>(pixels[p + kPointsAhead]) + feature);
+      unroll<kLines>([&](auto line) ST_LAMBDA { __builtin_prefetch(ahead + 64 * line, 0, 3); });
       Vec g[kVectors];
-      load(static_cast<const T*>(args.g[p]) + args.feature, args.features, g);
-      for (const uint16_t* end = args.lists + args.starts[p + 1]; list < end; list += kTogether, values += kTogether) {
+      load(static_cast<const T*>(pixels[p]) + feature, features, g);
+      // From the starts, not from where the point before ended: its end is mispredicted.
+      const int begin = starts[p];
+      const uint16_t* list = lists + begin;
+      float* values = all_values + begin;
+      for (int groups = (starts[p + 1] - begin) / kTogether; groups > 0; --groups) {
         Vec sums[kTogether];
         const float* row[kTogether];
         unroll<kTogether>([&](auto e) ST_LAMBDA {
@@ -229,7 +239,9 @@ struct PointProduct {
           unroll<kTogether>([&](auto e)
                                 ST_LAMBDA { sums[e] = Isa::fma(g[v], Isa::load(row[e] + v * kLanes), sums[e]); });
         });
-        Isa::add_sums(values, args.first, sums[0], sums[1], sums[2], sums[3]);
+        Isa::add_sums(values, first, sums[0], sums[1], sums[2], sums[3]);
+        list += kTogether;
+        values += kTogether;
       }
     }
   }

@@ -187,27 +187,32 @@ void block_pixels(const ConvShape& shape, int64_t budget, MaskedClass& cls) {
   }
 }
 
+double pixels_of(const MaskedPlan& plan, const MaskedClass& cls) {
+  return static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
+}
+
 // Pixels of a block: of a product, so that its g stays in L1, or nearly where that was found to pay: for few non-zeros
-// or taps; of points, so that their lists and values and the g of this step and the next take a quarter of L2: the
-// filters that pass by need the rest.
+// or taps; of points, as many as meet each filter block often, while their lists and values take no more than L2 and
+// their room four of it.
 int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const PlanMachine& machine) {
+  constexpr int64_t kFewPoints = 64, kMostPoints = 256, kEntryBytes = 6;
   int widest = 1, taps = 1;
   for (const MaskedStep& step : cls.steps) {
     widest = std::max(widest, step.vectors);
     taps = std::max(taps, step.rows.taps * step.columns.taps);
   }
-  const int64_t bytes = 4 * widest * plan.lanes;
+  const auto& caches = machine.caches;
   if (!cls.points) {
     const int64_t tenths = !machine.single_fma() ? 9 : density < kFewSingleFma ? 12 : taps <= 4 ? 10 : 9;
-    return std::clamp<int64_t>(machine.caches.l1_bytes * tenths / 10 / bytes, 16, 1024);
+    return std::clamp<int64_t>(caches.l1_bytes * tenths / 10 / (4 * widest * plan.lanes), 16, 1024);
   }
-  const int64_t blocks = ceil_div(plan.shape.c, cls.filter_block);
-  const int64_t point_bytes = 2 * bytes + 6 * blocks * (cls.filter_block + 16);
-  return std::clamp<int64_t>(machine.caches.l2_bytes / 4 / point_bytes, 32, 256);
-}
-
-double pixels_of(const MaskedPlan& plan, const MaskedClass& cls) {
-  return static_cast<double>(plan.shape.n * cls.rows.count * cls.columns.count);
+  const int64_t room = kEntryBytes * round_up(plan.shape.c, plan.lanes);
+  const auto entries = static_cast<int64_t>(density * static_cast<double>(room)) + 1;
+  int64_t points = std::min(kMostPoints, std::max(kFewPoints, caches.l2_bytes / entries));
+  if (machine.threads > 1) {  // blocks for all threads, rather than cutting the channels
+    points = std::min(points, std::max(kFewPoints, static_cast<int64_t>(pixels_of(plan, cls)) / (3 * machine.threads)));
+  }
+  return std::max<int64_t>(16, std::min(points, 4 * caches.l2_bytes / room));
 }
 
 // Multiply-adds of a class, padding included.
@@ -320,14 +325,16 @@ double plan_product(double density, const PlanMachine& machine, MaskedPlan& plan
 // Channels of an item.
 void cut_channels(const PlanMachine& machine, MaskedPlan& plan) {
   const ConvShape& shape = plan.shape;
-  // Lists and values of an item, some six bytes for each pixel and channel, share L2 with filters that pass by.
-  int64_t pixels = 1, blocks = 0;
+  // Lists and values of a product, some six bytes for each pixel and channel, share L2 with filters that pass by.
+  // Points are as few as their channels allow.
+  int64_t pixels = 0, blocks = 0;
   for (const MaskedClass& cls : plan.classes) {
-    pixels = std::max(pixels, cls.block_images * cls.block_rows * cls.block_columns + 64);
+    if (!cls.points) pixels = std::max(pixels, cls.block_images * cls.block_rows * cls.block_columns + 64);
     blocks += cls.block_count();
   }
   const int64_t unit = std::max(plan.lanes, 16);
-  const int64_t most = std::max(unit, machine.caches.l2_bytes / 2 / (6 * pixels) / unit * unit);
+  const int64_t most =
+      pixels == 0 ? round_up(shape.c, unit) : std::max(unit, machine.caches.l2_bytes / 2 / (6 * pixels) / unit * unit);
   int64_t pieces = ceil_div(shape.c, most);
   // Few blocks: threads share them by channels. Each copies g again.
   if (!plan.serial && blocks * pieces < 3 * machine.threads && machine.threads > 1) {

@@ -69,13 +69,9 @@ class MaskedRun {
 
   void run(int64_t index) const {
     const Item item = item_of(index);
+    if (item.cls->points) return run_points(item);
     const int64_t next = index + threads_;  // probably this thread's
-    const Item ahead = next < items() ? item_of(next) : Item{item.cls, {}, 0, 0};
-    if (item.cls->points) {
-      run_points(item, ahead);
-    } else {
-      run_product(item, ahead);
-    }
+    run_product(item, next < items() ? item_of(next) : Item{item.cls, {}, 0, 0});
   }
 
  private:
@@ -201,24 +197,21 @@ class MaskedRun {
   }
 
   // An item of a class that meets at most one tap.
-  void run_points(const Item& item, const Item& ahead) const {
+  void run_points(const Item& item) const {
     const MaskedClass& cls = *item.cls;
     const Block& block = item.block;
     const int64_t channels = item.channels, filter_block = std::min(cls.filter_block, round_up(channels, plan_.lanes));
     const int64_t blocks = ceil_div(channels, filter_block), count = block.images * block.rows * block.columns;
-    const int64_t ahead_count = ahead.block.images * ahead.block.rows * ahead.block.columns;
     const int64_t zeros_size = plan_.shape.k + 64, vectors = ceil_div(channels, plan_.lanes);
     const int64_t pitch = round_up(count * filter_block, 64) + 32;
     Scratch& scratch = Scratch::local();
-    scratch.begin(Scratch::size<void*>(count) * 3 + Scratch::size<void*>(ahead_count) * 2 +
+    scratch.begin(Scratch::size<void*>(count) * 2 + Scratch::size<void*>(count + kPointsAhead) +
                   Scratch::size<float>(zeros_size) + Scratch::size<uint16_t>(filter_block + 16) +
                   Scratch::size<uint16_t>(count * vectors) + Scratch::size<uint16_t>(blocks * pitch) +
                   Scratch::size<int>(blocks * (count + 1)) + Scratch::size<float>(blocks * pitch));
     const void** x_pixels = scratch.take<const void*>(count);
     void** pixels = scratch.take<void*>(count);
-    const void** ahead_x = scratch.take<const void*>(ahead_count);
-    const void** ahead_g = scratch.take<const void*>(ahead_count);
-    const void** g_pixels = scratch.take<const void*>(count);
+    const void** g_pixels = scratch.take<const void*>(count + kPointsAhead);
     float* zeros = scratch.take<float>(zeros_size);
     uint16_t* offsets = scratch.take<uint16_t>(filter_block + 16);
     uint16_t* masks = scratch.take<uint16_t>(count * vectors);
@@ -226,7 +219,6 @@ class MaskedRun {
     int* starts = scratch.take<int>(blocks * (count + 1));
     float* values = scratch.take<float>(blocks * pitch);
 
-    point_at(x_, item, x_pixels);
     point_at(dlhs_, item, pixels);
     const int point_count = static_cast<int>(count), channel_count = static_cast<int>(channels);
     const MaskedKernels& table = kernels_.masked;
@@ -234,6 +226,7 @@ class MaskedRun {
       const MaskedStep& first = cls.steps.front();
       const int64_t width = static_cast<int64_t>(first.vectors) * plan_.lanes;
       for (int64_t c = 0; c < filter_block; ++c) offsets[c] = static_cast<uint16_t>(c * width / 2);
+      point_at(x_, item, x_pixels);
       table.point_lists[dtype_]({.pixels = x_pixels,
                                  .count = point_count,
                                  .channels = channel_count,
@@ -245,37 +238,24 @@ class MaskedRun {
                                  .masks = masks});
       std::fill_n(zeros, zeros_size, 0.0f);
       point_at_g(first, block, {block.columns, block.rows}, zeros, g_pixels);
-      point_at(x_, ahead, ahead_x);
+      std::fill_n(g_pixels + count, kPointsAhead, zeros);
     }
-    // While a block of channels meets a step, a share of the g of the next step comes into L2, or of the next item if
-    // it is of this class, and a share of the latter's x.
-    const bool same_class = ahead_count > 0 && ahead.cls == &cls;
-    if (same_class && !cls.steps.empty()) {
-      point_at_g(cls.steps.front(), ahead.block, {ahead.block.columns, ahead.block.rows}, zeros, ahead_g);
+    for (const MaskedStep& step : cls.steps) {
+      const int64_t width = static_cast<int64_t>(step.vectors) * plan_.lanes;
+      for (int64_t b = 0; b < blocks; ++b) {
+        table.point_product[dtype_][step.vectors](
+            {.lists = lists + b * pitch,
+             .starts = starts + b * (count + 1),
+             .count = point_count,
+             .g = g_pixels,
+             .feature = step.feature,
+             .features = step.features,
+             .filter = filter_ + step.filter + (item.channel + b * filter_block) * width,
+             .values = values + b * pitch,
+             .first = step.feature == 0});
+      }
     }
-    const int64_t steps = static_cast<int64_t>(cls.steps.size()), turns = steps * blocks;
-    for (int64_t i = 0; i < turns; ++i) {
-      const MaskedStep& step = cls.steps[i / blocks];
-      const int64_t b = i % blocks, width = static_cast<int64_t>(step.vectors) * plan_.lanes;
-      const int64_t lines = g_lines(width);
-      const int64_t begin = lines * b / blocks, end = lines * (b + 1) / blocks;
-      WeightsPrefetch next_g = {g_pixels, count, (step.feature + width) * g_.size() + 64 * begin, end - begin};
-      if (i / blocks + 1 == steps) next_g = {ahead_g, same_class ? ahead_count : 0, 64 * begin, end - begin};
-      const int64_t begin_x = ahead_count * i / turns, end_x = ahead_count * (i + 1) / turns;
-      const WeightsPrefetch next_x = {ahead_x + begin_x, end_x - begin_x, 0, x_lines(ahead.channels)};
-      table.point_product[dtype_][step.vectors](
-          {.lists = lists + b * pitch,
-           .starts = starts + b * (count + 1),
-           .count = point_count,
-           .g = g_pixels,
-           .feature = step.feature,
-           .features = step.features,
-           .filter = filter_ + step.filter + (item.channel + b * filter_block) * width,
-           .values = values + b * pitch,
-           .first = i < blocks,
-           .next = {next_g, next_x}});
-    }
-    table.point_store[index_of(dlhs_.dtype)]({.masks = steps > 0 ? masks : nullptr,
+    table.point_store[index_of(dlhs_.dtype)]({.masks = cls.steps.empty() ? nullptr : masks,
                                               .values = values,
                                               .pitch = pitch,
                                               .starts = starts,
@@ -290,12 +270,12 @@ class MaskedRun {
   template <class View, class Pointer>
   int64_t point_at(const View& tensor, const Item& item, Pointer* pixels) const {
     const Block& block = item.block;
+    const int64_t step = item.cls->columns.step * plan_.shape.c;
     Pointer* to = pixels;
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = 0; row < block.rows; ++row) {
-        for (int64_t column = 0; column < block.columns; ++column) {
-          *to++ = tensor.at(pixel(*item.cls, block.image + n, block.row + row, block.column + column) + item.channel);
-        }
+        int64_t at = pixel(*item.cls, block.image + n, block.row + row, block.column) + item.channel;
+        for (int64_t column = 0; column < block.columns; ++column, at += step) *to++ = tensor.at(at);
       }
     }
     return to - pixels;
@@ -310,10 +290,9 @@ class MaskedRun {
     std::fill_n(pixels, count, zeros);
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const int64_t from = (((block.image + n) * s.oh + rows.at + row) * s.ow + columns.at) * s.k;
-        for (int64_t x = columns.begin; x < columns.end; ++x) {
-          pixels[positions.position(n, row, x)] = g_.at(from + x * s.k);
-        }
+        int64_t from = (((block.image + n) * s.oh + rows.at + row) * s.ow + columns.at + columns.begin) * s.k;
+        const void** to = pixels + positions.position(n, row, columns.begin);
+        for (int64_t x = columns.begin; x < columns.end; ++x, from += s.k) *to++ = g_.at(from);
       }
     }
     return count;
