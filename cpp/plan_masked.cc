@@ -38,7 +38,6 @@ struct Costs {
   double point_wide;     // as many times that in steps of more than eight vectors
   double point_once;     // a point, however many blocks and steps
   double point_element;  // listing and storing an element
-  double point_steps;    // as many times all that where there are several steps, whatever their width
 };
 
 Costs costs_of(const PlanMachine& machine) {
@@ -53,11 +52,10 @@ Costs costs_of(const PlanMachine& machine) {
         .point = 20,
         .point_vector = 1.4,
         .point_entry = 1.5,
-        .point_fma = 0.93,
+        .point_fma = 1,
         .point_wide = 1.13,
         .point_once = 18,
         .point_element = 0.9,
-        .point_steps = 1.13,
     };
   return {
       .product = 1.22,
@@ -73,7 +71,6 @@ Costs costs_of(const PlanMachine& machine) {
       .point_wide = 1,
       .point_once = 35,
       .point_element = 2.1,
-      .point_steps = 1,
   };
 }
 
@@ -107,15 +104,17 @@ void add_steps(const TapAxis& rows, const TapAxis& columns, const PlanMachine& m
 }
 
 // Channels whose filters stay near with this many vectors of features. Few non-zeros ask for few of them in turn: then
-// longer lists are worth a block that is larger than L1, and where there is one multiply-add a cycle they always are.
+// longer lists are worth a block that is larger than L1. Where there is one multiply-add a cycle, all of L1 is worth it
+// in any case.
 int64_t filter_block(int64_t channels, int vectors, double density, const PlanMachine& machine) {
-  const bool large = density < kFew || machine.single_fma();
-  const int64_t fits = machine.caches.l1_bytes * (large ? 14 : 7) / 10 / (4 * vectors * machine.lanes);
+  const bool single = machine.single_fma();
+  const int64_t tenths = density < (single ? kFewSingleFma : kFew) ? 14 : single ? 10 : 7;
+  const int64_t fits = machine.caches.l1_bytes * tenths / 10 / (4 * vectors * machine.lanes);
   const int64_t most = std::max<int64_t>(machine.lanes, fits / machine.lanes * machine.lanes);
   return round_up(ceil_div(channels, ceil_div(channels, most)), machine.lanes);  // even blocks
 }
 
-// Of a point of x, with steps of this many vectors. Leaves out point_steps, by which no width would be better.
+// Of a point of x, with steps of this many vectors.
 double point_cost(const ConvShape& shape, int64_t steps, int vectors, double density, const PlanMachine& machine) {
   const Costs costs = costs_of(machine);
   const double channels = static_cast<double>(shape.c);
@@ -228,8 +227,7 @@ double product_cost(const MaskedPlan& plan, const MaskedClass& cls, double densi
   const int64_t steps = static_cast<int64_t>(cls.steps.size());
   if (steps == 0) return kEmptyCost * pixels * channels;
   if (cls.points) {
-    return pixels * point_cost(plan.shape, steps, cls.steps.front().vectors, density, machine) *
-           (steps > 1 ? costs.point_steps : 1);
+    return pixels * point_cost(plan.shape, steps, cls.steps.front().vectors, density, machine);
   }
   const int64_t pieces =
       std::count_if(cls.steps.begin(), cls.steps.end(), [](const MaskedStep& step) { return step.feature == 0; });
@@ -326,7 +324,7 @@ double plan_product(double density, const PlanMachine& machine, MaskedPlan& plan
 void cut_channels(const PlanMachine& machine, MaskedPlan& plan) {
   const ConvShape& shape = plan.shape;
   // Lists and values of a product, some six bytes for each pixel and channel, share L2 with filters that pass by.
-  // Points are as few as their channels allow.
+  // An item of points has all channels: block_budget() sees to its room.
   int64_t pixels = 0, blocks = 0;
   for (const MaskedClass& cls : plan.classes) {
     if (!cls.points) pixels = std::max(pixels, cls.block_images * cls.block_rows * cls.block_columns + 64);
