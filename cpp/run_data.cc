@@ -609,12 +609,11 @@ class BlockSweeper {
       const bool last = cb + 1 == call_.plan.channel_blocks();
       sweep_rows_.clear();
       for (const Tall& t : tall_) {
-        SweepRow to{};
+        SweepRow& to = sweep_rows_.emplace_back();
         input_.aim(t.input, class_->strands.front(), way, cb, &to);
         to.sums = sums_ + t.slot * row;
         to.zero = cb == 0 && covers(way);
         if (plain() && last && t.last >= 0) to.out = out_of(rows_.begin + t.last);
-        sweep_rows_.push_back(to);
       }
       aim(&args, call_.packed + call_.layout.offset(block_, 0, cb, 0));
       placed = call_.kernels.data.tall_sweep(args) && plain();
@@ -703,7 +702,8 @@ class BlockSweeper {
   void run_packed(const Sweep& s) {
     sweep_rows_.clear();
     for (const Meeting& m : meetings_[s.r]) {
-      SweepRow row{};
+      // In place: a copy would wait for these stores one by one.
+      SweepRow& row = sweep_rows_.emplace_back();
       input_.aim(m.input, s.strand, s.way, s.channel_block, &row);
       row.sums = sums_of(m.g);
       row.zero = is_first(s, m.g);
@@ -712,7 +712,6 @@ class BlockSweeper {
         row.zero = false;
       }
       if (plain() && is_last(s, m.g)) row.out = out_of(m.g);
-      sweep_rows_.push_back(row);
     }
     SweepArgs args = packed_args(s.way);
     aim(&args, s.filter);
