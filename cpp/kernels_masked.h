@@ -122,37 +122,52 @@ struct MaskedProduct {
   }
 };
 
+// kLanes pixels from slot p on, of which `slots` exist, for as many channels from `first` on. kWhole: all exist.
+template <class Isa, class T, bool kWhole>
+ST_INLINE void masked_store_lanes(const MaskedStoreArgs& args, int p, int slots, int first, int channels) {
+  constexpr int kLanes = Isa::kLanes;
+  constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
+  const ptrdiff_t words = args.words, capacity = args.capacity;
+  const uint64_t* masks = args.masks + first * words + p / 64;
+  const float* values = args.values + first * capacity;
+  uint16_t* taken = args.taken + first;
+  const int shift = p % 64;
+  typename Isa::Vec v[kLanes];
+  unroll<kLanes>([&](auto c) ST_LAMBDA {
+    const bool exists = kWhole || c < channels;
+    const uint32_t mask = exists ? static_cast<uint32_t>(masks[c * words] >> shift) & kLaneBits : 0;
+    v[c] = Isa::expand(mask, values + c * capacity + taken[c]);
+    taken[c] = static_cast<uint16_t>(taken[c] + __builtin_popcount(mask));
+  });
+  Isa::transpose(v);
+  void* const* pixels = args.pixels + p;
+  if constexpr (kWhole && std::is_same_v<T, float>) {
+    if (args.stream) {
+      unroll<kLanes>([&](auto i) ST_LAMBDA { Isa::stream(static_cast<T*>(pixels[i]) + first, v[i]); });
+      return;
+    }
+  }
+  unroll<kLanes>([&](auto i) ST_LAMBDA {
+    if (!kWhole && i >= slots) return;
+    T* pixel = static_cast<T*>(pixels[i]) + first;
+    kWhole || channels == kLanes ? Isa::store(pixel, v[i]) : Isa::store_n(pixel, v[i], channels);
+  });
+}
+
 // A few pixels, all their channels, at a time: their lines follow each other in dlhs.
 template <class Isa, class T>
 void masked_store(const MaskedStoreArgs& args) {
   constexpr int kLanes = Isa::kLanes;
-  constexpr uint32_t kLaneBits = (1u << kLanes) - 1;
   for (int c = 0; c < args.channels + kLanes - 1; ++c) args.taken[c] = 0;
   for (int p = 0; p < args.slots; p += kLanes) {
     const int slots = args.slots - p < kLanes ? args.slots - p : kLanes;
     for (int first = 0; first < args.channels; first += kLanes) {
       const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
-      const uint64_t* masks = args.masks + static_cast<ptrdiff_t>(first) * args.words + p / 64;
-      const float* values = args.values + static_cast<ptrdiff_t>(first) * args.capacity;
-      uint16_t* taken = args.taken + first;
-      typename Isa::Vec v[kLanes];
-      unroll<kLanes>([&](auto c) ST_LAMBDA {
-        const uint32_t mask = c < channels ? static_cast<uint32_t>(masks[c * args.words] >> p % 64) & kLaneBits : 0;
-        v[c] = Isa::expand(mask, values + c * args.capacity + taken[c]);
-        taken[c] = static_cast<uint16_t>(taken[c] + __builtin_popcount(mask));
-      });
-      Isa::transpose(v);
-      unroll<kLanes>([&](auto i) ST_LAMBDA {
-        if (i >= slots) return;
-        T* pixel = static_cast<T*>(args.pixels[p + i]) + first;
-        if constexpr (std::is_same_v<T, float>) {
-          if (args.stream && channels == kLanes) {
-            Isa::stream(pixel, v[i]);
-            return;
-          }
-        }
-        channels < kLanes ? Isa::store_n(pixel, v[i], channels) : Isa::store(pixel, v[i]);
-      });
+      if (slots == kLanes && channels == kLanes) {
+        masked_store_lanes<Isa, T, true>(args, p, slots, first, channels);
+      } else {
+        masked_store_lanes<Isa, T, false>(args, p, slots, first, channels);
+      }
     }
   }
   if (args.stream) Isa::stream_fence();

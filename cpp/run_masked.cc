@@ -1,5 +1,6 @@
 // Masked BWI: runs a MaskedPlan. kernels_masked.h has the algorithm, plan_masked.h the blocking.
 #include <algorithm>
+#include <vector>
 
 #include "conv.h"
 #include "isa.h"
@@ -37,26 +38,37 @@ class MaskedRun {
       }
       slots_ = std::max(slots_, round_up(cls.block_images * cls.block_rows * cls.block_columns, 64));
     }
+    for (size_t i = 0; i < plan.filters.size(); ++i) {
+      if (plan.filters[i].feature == 0) first_filters_.push_back(i);
+    }
     capacity_ = slots_ + 16;  // room for whole vectors; lists at multiples of 64 would share cache sets
   }
 
-  int64_t packs() const { return static_cast<int64_t>(plan_.filters.size()) * ceil_div(plan_.shape.c, kPackChannels); }
+  int64_t packs() const { return static_cast<int64_t>(first_filters_.size()) * ceil_div(plan_.shape.c, kPackChannels); }
 
-  // Copies the filters of a step, for some channels, to the order in which products read them.
+  // Copies the filters of all steps that meet the same taps, for some channels, to the order in which products read
+  // them: the kernel is read line by line.
   void pack(int64_t index) const {
     const ConvShape& s = plan_.shape;
     const int64_t pieces = ceil_div(s.c, kPackChannels);
-    const MaskedStep& step = plan_.filters[index / pieces];
+    const size_t group = static_cast<size_t>(index / pieces);
+    const MaskedStep* first = plan_.filters.data() + first_filters_[group];
+    const MaskedStep* last =
+        plan_.filters.data() + (group + 1 < first_filters_.size() ? first_filters_[group + 1] : plan_.filters.size());
     const int64_t begin = index % pieces * kPackChannels, end = std::min(s.c, begin + kPackChannels);
-    const int64_t width = static_cast<int64_t>(step.vectors) * plan_.lanes, taps = step.rows.taps * step.columns.taps;
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t r = step.rows.tap + t / step.columns.taps * step.rows.tap_step;
-      const int64_t q = step.columns.tap + t % step.columns.taps * step.columns.tap_step;
-      int64_t from = ((r * s.s + q) * s.c + begin) * s.k + step.feature;
-      float* to = filter_ + step.filter + (begin * taps + t) * width;
-      for (int64_t c = begin; c < end; ++c, from += s.k, to += taps * width) {
-        kernels_.data.widen[dtype_](rhs_.at(from), to, step.features);
-        std::fill(to + step.features, to + width, 0.0f);
+    for (int64_t row = 0; row < first->rows.taps; ++row) {
+      for (int64_t column = 0; column < first->columns.taps; ++column) {
+        const int64_t r = first->rows.tap + row * first->rows.tap_step;
+        const int64_t q = first->columns.tap + column * first->columns.tap_step;
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t from = ((r * s.s + q) * s.c + c) * s.k;
+          for (const MaskedStep* step = first; step != last; ++step) {
+            const int64_t width = static_cast<int64_t>(step->vectors) * plan_.lanes;
+            float* to = filter_ + step->filter + c * step->filter_channel + row * step->filter_row + column * width;
+            kernels_.data.widen[dtype_](rhs_.at(from + step->feature), to, step->features);
+            std::fill(to + step->features, to + width, 0.0f);
+          }
+        }
       }
     }
   }
@@ -306,6 +318,7 @@ class MaskedRun {
   int dtype_;  // of the operands, for tables of kernels
   float* filter_;
   bool stream_;
+  std::vector<size_t> first_filters_;  // of the plan's, where other taps begin
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 
