@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -594,6 +595,28 @@ def test_masked_input_gradients_of_small_images_have_classes_for_their_borders(f
         assert int(few["pixel_classes"]) <= int(plan["pixel_classes"]), (few, plan)
         if fmas == 1 and isa.startswith("avx512"):
             assert int(few["pixel_classes"]) == 1, few
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_points_are_cut_by_pixels_and_keep_all_channels(threads: int, isa: str) -> None:
+    for channels in (64, 1024, 4096):
+        dims = [16, 14, 14, channels, 256, 1, 1]
+        plan = native.plan("bwd_input_masked", dims, [1, 1, 0, 0, 0, 0], 0.3, None, threads)
+        points = math.prod(map(int, str(plan["pixel_block"]).split("x")))
+        assert int(plan["channel_block"]) == channels, plan
+        assert 16 <= points <= 256 and points * 3 * threads <= max(16 * 14 * 14, 64 * 3 * threads), plan
+
+
+def test_masked_input_gradients_of_many_points_and_filter_blocks_are_exact(isa: str) -> None:
+    case = same(Case(3, 14, 14, 1040, 72, 1, 1))
+    rng = seed("points")
+    g, rhs = values(rng, case.out_shape, integers=True), values(rng, case.rhs_shape, integers=True)
+    whole = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
+    for sparsity in (0.5, 0.9):
+        x = values(rng, case.lhs_shape, sparsity)
+        x[0, 3:5] = 0  # points without a channel
+        x[2, 1, 2:9] = 1  # and with all of them
+        np.testing.assert_array_equal(run_masked(case, g, rhs, x, "sparse"), np.where(x != 0, whole, 0))
 
 
 def test_the_masked_input_gradient_ignores_nonfinite_gradients_where_x_is_zero(isa: str) -> None:
