@@ -141,9 +141,11 @@ ST_INLINE void masked_store_lanes(const MaskedStoreArgs& args, int p, int slots,
   });
   Isa::transpose(v);
   void* const* pixels = args.pixels + p;
-  if constexpr (kWhole && std::is_same_v<T, float>) {
-    if (args.stream) {
-      unroll<kLanes>([&](auto i) ST_LAMBDA { Isa::stream(static_cast<T*>(pixels[i]) + first, v[i]); });
+  if constexpr (std::is_same_v<T, float>) {
+    if (args.stream) {  // where channels fill whole lanes
+      unroll<kLanes>([&](auto i) ST_LAMBDA {
+        if (kWhole || i < slots) Isa::stream(static_cast<T*>(pixels[i]) + first, v[i]);
+      });
       return;
     }
   }

@@ -32,7 +32,7 @@ struct Costs {
   double margin;   // a product must promise this share of the other ways' cost: they are surer
   // Of a class of points:
   double point;          // a point and block of channels: the mispredicted end
-  double point_vector;   // its features, per vector, from L2
+  double point_vector;   // its features, per vector
   double point_entry;    // an entry of its list: the sum over lanes
   double point_fma;      // a multiply-add of an entry
   double point_wide;     // as many times that in steps of more than eight vectors
@@ -191,8 +191,8 @@ double pixels_of(const MaskedPlan& plan, const MaskedClass& cls) {
 }
 
 // Pixels of a block: of a product, so that its g stays in L1, or nearly where that was found to pay: for few non-zeros
-// or taps; of points, as many as meet each filter block often, while their lists and values take no more than L2 and
-// their room four of it.
+// or taps; of points, as many as meet each filter block often: above 64, while their lists and values take no more than
+// L2, and in any case while room for all of them takes no more than four.
 int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const PlanMachine& machine) {
   constexpr int64_t kFewPoints = 64, kMostPoints = 256, kEntryBytes = 6;
   int widest = 1, taps = 1;
@@ -324,7 +324,8 @@ double plan_product(double density, const PlanMachine& machine, MaskedPlan& plan
 void cut_channels(const PlanMachine& machine, MaskedPlan& plan) {
   const ConvShape& shape = plan.shape;
   // Lists and values of a product, some six bytes for each pixel and channel, share L2 with filters that pass by.
-  // An item of points has all channels: block_budget() sees to its room.
+  // Where all classes are of points, items have all channels, unless threads are short of blocks: block_budget() sees
+  // to their room.
   int64_t pixels = 0, blocks = 0;
   for (const MaskedClass& cls : plan.classes) {
     if (!cls.points) pixels = std::max(pixels, cls.block_images * cls.block_rows * cls.block_columns + 64);

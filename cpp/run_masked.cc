@@ -12,7 +12,7 @@
 namespace sparsetrain {
 namespace {
 
-constexpr int64_t kPackChannels = 32;  // of the kernel, packed at a time
+constexpr int64_t kPackChannels = 16;  // of the kernel, packed at a time
 
 class MaskedRun {
  public:
@@ -30,21 +30,25 @@ class MaskedRun {
     // Vectors of narrow values are half lines, which would leave the write-combining buffers one by one.
     stream_ = plan.stream && dlhs.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(dlhs.data) % 64 == 0;
     for (const MaskedClass& cls : plan.classes) {
+      if (cls.points) continue;
       for (const MaskedStep& step : cls.steps) {
         const int64_t positions = cls.position(cls.block_images - 1, cls.block_rows + step.rows.taps - 2,
                                                cls.block_columns + step.columns.taps - 1);
         g_positions_ = std::max(g_positions_, positions);
-        if (!cls.points) g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
+        g_floats_ = std::max(g_floats_, positions * step.vectors * plan.lanes);
       }
       slots_ = std::max(slots_, round_up(cls.block_images * cls.block_rows * cls.block_columns, 64));
     }
     for (size_t i = 0; i < plan.filters.size(); ++i) {
       if (plan.filters[i].feature == 0) first_filters_.push_back(i);
     }
+    first_filters_.push_back(plan.filters.size());
     capacity_ = slots_ + 16;  // room for whole vectors; lists at multiples of 64 would share cache sets
   }
 
-  int64_t packs() const { return static_cast<int64_t>(first_filters_.size()) * ceil_div(plan_.shape.c, kPackChannels); }
+  int64_t packs() const {
+    return static_cast<int64_t>(first_filters_.size() - 1) * ceil_div(plan_.shape.c, kPackChannels);
+  }
 
   // Copies the filters of all steps that meet the same taps, for some channels, to the order in which products read
   // them: the kernel is read line by line.
@@ -53,8 +57,7 @@ class MaskedRun {
     const int64_t pieces = ceil_div(s.c, kPackChannels);
     const size_t group = static_cast<size_t>(index / pieces);
     const MaskedStep* first = plan_.filters.data() + first_filters_[group];
-    const MaskedStep* last =
-        plan_.filters.data() + (group + 1 < first_filters_.size() ? first_filters_[group + 1] : plan_.filters.size());
+    const MaskedStep* last = plan_.filters.data() + first_filters_[group + 1];
     const int64_t begin = index % pieces * kPackChannels, end = std::min(s.c, begin + kPackChannels);
     for (int64_t row = 0; row < first->rows.taps; ++row) {
       for (int64_t column = 0; column < first->columns.taps; ++column) {
@@ -82,8 +85,8 @@ class MaskedRun {
   void run(int64_t index) const {
     const Item item = item_of(index);
     if (item.cls->points) return run_points(item);
-    const int64_t next = index + threads_;  // probably this thread's
-    run_product(item, next < items() ? item_of(next) : Item{item.cls, {}, 0, 0});
+    const Item none = {item.cls, {}, 0, 0}, ahead = index + threads_ < items() ? item_of(index + threads_) : none;
+    run_product(item, ahead.cls->points ? none : ahead);
   }
 
  private:
@@ -113,6 +116,7 @@ class MaskedRun {
     return ((n * s.h + y) * s.w + x) * s.c;
   }
 
+  // `ahead`: the item that is probably this thread's next, if it is of a product.
   void run_product(const Item& item, const Item& ahead) const {
     const MaskedClass& cls = *item.cls;
     const Block& block = item.block;
@@ -176,7 +180,7 @@ class MaskedRun {
       WeightsPrefetch next_g = {g_pixels, g_count, (step.feature + width) * g_.size(), g_lines(width)};
       if (i + 1 == steps) {
         next_g = {ahead_g, 0, 0, next_g.lines};
-        if (ahead_slots > 0 && !ahead.cls->steps.empty()) {
+        if (ahead_slots > 0) {
           const MaskedClass& next = *ahead.cls;
           next_g.count = point_at_g(next.steps.front(), ahead.block, next, zeros, ahead_g);
         }
@@ -318,7 +322,7 @@ class MaskedRun {
   int dtype_;  // of the operands, for tables of kernels
   float* filter_;
   bool stream_;
-  std::vector<size_t> first_filters_;  // of the plan's, where other taps begin
+  std::vector<size_t> first_filters_;  // of the plan's, where other taps begin; and how many there are
   int64_t slots_ = 0, g_positions_ = 1, g_floats_ = 1, capacity_;
 };
 

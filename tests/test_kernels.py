@@ -607,16 +607,23 @@ def test_points_are_cut_by_pixels_and_keep_all_channels(threads: int, isa: str) 
         assert 16 <= points <= 256 and points * 3 * threads <= max(16 * 14 * 14, 64 * 3 * threads), plan
 
 
-def test_masked_input_gradients_of_many_points_and_filter_blocks_are_exact(isa: str) -> None:
-    case = same(Case(3, 14, 14, 1040, 72, 1, 1))
-    rng = seed("points")
+# All channels at once; and cut into pieces, because other classes of pixels meet several taps.
+@pytest.mark.parametrize(
+    "case", [same(Case(3, 14, 14, 1040, 300, 1, 1)), same(Case(2, 24, 24, 1100, 40, 3, 3, strides=(2, 2)))], ids=str
+)
+def test_masked_input_gradients_of_many_points_and_filter_blocks_are_exact(case: Case, isa: str) -> None:
+    rng = seed("points", case)
     g, rhs = values(rng, case.out_shape, integers=True), values(rng, case.rhs_shape, integers=True)
     whole = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
     for sparsity in (0.5, 0.9):
         x = values(rng, case.lhs_shape, sparsity)
         x[0, 3:5] = 0  # points without a channel
-        x[2, 1, 2:9] = 1  # and with all of them
+        x[1, 1, 2:9] = 1  # and with all of them
         np.testing.assert_array_equal(run_masked(case, g, rhs, x, "sparse"), np.where(x != 0, whole, 0))
+    dims = [case.n, case.h, case.w, case.c, case.k, case.r, case.s]
+    plan = native.plan("bwd_input_masked", dims, spec_of(case).geometry, 0.1)
+    assert plan["path"] == "product", plan
+    assert (int(plan["channel_block"]) < case.c) == (case.r == 3), plan
 
 
 def test_the_masked_input_gradient_ignores_nonfinite_gradients_where_x_is_zero(isa: str) -> None:
