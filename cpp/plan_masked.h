@@ -17,9 +17,9 @@
 // filters take L1 or a little more. Nothing is transposed or copied. A class that meets no tap is the same without any
 // step.
 //
-// Scratch: per thread the lists and values of an item, half of L2, and a block of g, up to 1.2 L1; or for points room of
-// four L2, of which non-zeros fill about one; per call the packed kernel. (Sixteen channels of a row of sixteen pixels,
-// and sixteen points, may exceed these.)
+// Scratch: per thread the lists and values of an item, half of L2, and a block of g, up to 1.2 L1; or for points room
+// of four L2, of which non-zeros fill about one; per call the packed kernel. (Sixteen channels of a row of sixteen
+// pixels, and sixteen points, may exceed these.)
 #pragma once
 
 #include <cstdint>
