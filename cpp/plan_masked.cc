@@ -19,8 +19,10 @@ constexpr double kEmptyCost = 1;  // writing zeros where no tap meets a class, p
 constexpr double kSkippingCost = 0.2, kSkippingSlope = 0.9;
 constexpr double kSkippingCost1x1 = 0.25, kSkippingSlope1x1 = 1.0;
 constexpr double kSkippingMost = 1.1;
-constexpr double kRounding = 1.5;  // entries that fill up the last group of a list
-constexpr double kPiece = 0.008;   // what each further piece of taps adds to a multiply-add of a product
+constexpr int64_t kEntryBytes = 6;    // of an entry of a list and its value
+constexpr int64_t kThreadBlocks = 3;  // for each thread, where there are several: all are done at about the same time
+constexpr double kRounding = 1.5;     // entries that fill up the last group of a list
+constexpr double kPiece = 0.008;      // what each further piece of taps adds to a multiply-add of a product
 
 // Costs in multiply-adds of a vector of the dense BWI, fitted to measurements.
 struct Costs {
@@ -194,14 +196,14 @@ double pixels_of(const MaskedPlan& plan, const MaskedClass& cls) {
 // or taps; of points, as many as meet each filter block often: above 64, while their lists and values take no more than
 // L2, and in any case while room for all of them takes no more than four.
 int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double density, const PlanMachine& machine) {
-  constexpr int64_t kFewPoints = 64, kMostPoints = 256, kEntryBytes = 6;
-  int widest = 1, taps = 1;
-  for (const MaskedStep& step : cls.steps) {
-    widest = std::max(widest, step.vectors);
-    taps = std::max(taps, step.rows.taps * step.columns.taps);
-  }
+  constexpr int64_t kFewPoints = 64, kMostPoints = 256;
   const auto& caches = machine.caches;
   if (!cls.points) {
+    int widest = 1, taps = 1;
+    for (const MaskedStep& step : cls.steps) {
+      widest = std::max(widest, step.vectors);
+      taps = std::max(taps, step.rows.taps * step.columns.taps);
+    }
     const int64_t tenths = !machine.single_fma() ? 9 : density < kFewSingleFma ? 12 : taps <= 4 ? 10 : 9;
     return std::clamp<int64_t>(caches.l1_bytes * tenths / 10 / (4 * widest * plan.lanes), 16, 1024);
   }
@@ -209,7 +211,8 @@ int64_t block_budget(const MaskedPlan& plan, const MaskedClass& cls, double dens
   const auto entries = static_cast<int64_t>(density * static_cast<double>(room)) + 1;
   int64_t points = std::min(kMostPoints, std::max(kFewPoints, caches.l2_bytes / entries));
   if (machine.threads > 1) {  // blocks for all threads, rather than cutting the channels
-    points = std::min(points, std::max(kFewPoints, static_cast<int64_t>(pixels_of(plan, cls)) / (3 * machine.threads)));
+    const auto pixels = static_cast<int64_t>(pixels_of(plan, cls));
+    points = std::min(points, std::max(kFewPoints, pixels / (kThreadBlocks * machine.threads)));
   }
   return std::max<int64_t>(16, std::min(points, 4 * caches.l2_bytes / room));
 }
@@ -323,7 +326,7 @@ double plan_product(double density, const PlanMachine& machine, MaskedPlan& plan
 // Channels of an item.
 void cut_channels(const PlanMachine& machine, MaskedPlan& plan) {
   const ConvShape& shape = plan.shape;
-  // Lists and values of a product, some six bytes for each pixel and channel, share L2 with filters that pass by.
+  // Lists and values of a product, for each pixel and channel, share L2 with filters that pass by.
   // Where all classes are of points, items have all channels, unless threads are short of blocks: block_budget() sees
   // to their room.
   int64_t pixels = 0, blocks = 0;
@@ -332,12 +335,12 @@ void cut_channels(const PlanMachine& machine, MaskedPlan& plan) {
     blocks += cls.block_count();
   }
   const int64_t unit = std::max(plan.lanes, 16);
-  const int64_t most =
-      pixels == 0 ? round_up(shape.c, unit) : std::max(unit, machine.caches.l2_bytes / 2 / (6 * pixels) / unit * unit);
+  const int64_t most = pixels == 0 ? round_up(shape.c, unit)
+                                   : std::max(unit, machine.caches.l2_bytes / 2 / (kEntryBytes * pixels) / unit * unit);
   int64_t pieces = ceil_div(shape.c, most);
   // Few blocks: threads share them by channels. Each copies g again.
-  if (!plan.serial && blocks * pieces < 3 * machine.threads && machine.threads > 1) {
-    pieces = std::max(pieces, std::min(ceil_div(3 * machine.threads, blocks), ceil_div(shape.c, 2 * unit)));
+  if (!plan.serial && blocks * pieces < kThreadBlocks * machine.threads && machine.threads > 1) {
+    pieces = std::max(pieces, std::min(ceil_div(kThreadBlocks * machine.threads, blocks), ceil_div(shape.c, 2 * unit)));
   }
   plan.channel_block = round_up(ceil_div(shape.c, pieces), unit);
 }
