@@ -6,7 +6,8 @@
 //          non-zeros of each line (a bit per *position*; positions between image rows are never set)
 //   copy   the block of the dense operand with its halo, for one block of features, into scratch that stays in L1:
 //          [position][features]. Rows follow each other at the pitch of the masks, so bit i of a mask meets tap (r, s)
-//          at position i + r * tap_row + s, whatever the shape of the block
+//          at position i + r * tap_row + s, whatever the shape of the block. Not copied where it lies so already: 1x1
+//          kernels whose features are one step
 //   list   the positions of a channel's non-zeros, from its mask: a loop over a list ends once, one over a mask ends,
 //          mispredicted, in every word. Walks of few multiply-adds a visit do without, unless they are packed
 //   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, one broadcast of the

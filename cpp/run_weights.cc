@@ -70,6 +70,7 @@ struct PixelTable {
   int64_t count;
   char* windows;        // those of a folded image that reach into the padding
   uint16_t* positions;  // of pixels one by one, for lists
+  bool one_run;         // of the dense operand: each pixel follows the one before in memory
 };
 
 // Points `to` at `count` pixels of a row of an image, `step` apart, at their channel `channel`.
@@ -198,6 +199,12 @@ class WeightsRun {
   // An odd number of lines, so that the ends of lists, where they are written, do not share cache sets.
   ptrdiff_t list_pitch() const { return (other_list() + positions_ + kListPad) | kListPad; }
 
+  // Whether a block of the dense operand lies as its copy would: pixel by pixel, all their features in one step.
+  bool lies_as_copied(const PixelTable& table, int width) const {
+    return table.one_run && width == dense_.channels && dense_.values.dtype == DType::kF32 &&
+           reinterpret_cast<uintptr_t>(table.pixels[0]) % 64 == 0;
+  }
+
   // The last walk of a panel writes drhs itself; sums are narrowed when they are complete.
   bool direct() const { return plan_.lhs_checked && plan_.chunks == 1 && drhs_.dtype == DType::kF32; }
 
@@ -237,10 +244,10 @@ class WeightsRun {
     ItemScratch s;
     for (PixelTable& table : s.checked) {
       table = {scratch.take<const void*>(positions_), 0, scratch.take<char>(checked_windows_),
-               scratch.take<uint16_t>(positions_)};
+               scratch.take<uint16_t>(positions_), false};
     }
     for (PixelTable& table : s.dense) {
-      table = {scratch.take<const void*>(dense_positions_), 0, scratch.take<char>(dense_windows_), nullptr};
+      table = {scratch.take<const void*>(dense_positions_), 0, scratch.take<char>(dense_windows_), nullptr, false};
     }
     s.zeros = scratch.take<float>(zeros);
     s.values = scratch.take<float>(values);
@@ -322,7 +329,8 @@ class WeightsRun {
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
           const int width = vectors * plan_.lanes;
           const int64_t feature = item.feature + first;
-          if (any) {
+          const bool in_place = lies_as_copied(scratch.dense[0], width);
+          if (any && !in_place) {
             table_.copy[dtype_]({.pixels = scratch.dense[0].pixels,
                                  .positions = scratch.dense[0].count,
                                  .feature = feature,
@@ -341,6 +349,7 @@ class WeightsRun {
               .block = block,
               .vectors = vectors,
               .channels = static_cast<int>(item.channels),
+              .dense = in_place ? static_cast<const float*>(scratch.dense[0].pixels[0]) : scratch.copy,
               .panel =
                   panel_of(group, item, first, features, width, scratch.panel + sums, first_block, direct() && last),
               .next_dense = {.pixels = next.pixels,
@@ -371,6 +380,7 @@ class WeightsRun {
     const TapGroup& group;
     const Block& block;
     int vectors, channels;
+    const float* dense;
     WeightsPanel panel;
     WeightsPrefetch next_dense, next_checked;
   };
@@ -390,7 +400,7 @@ class WeightsRun {
          .take = plan_.take,
          .channels = step.channels,
          .together = step.part.together,
-         .dense = scratch.copy,
+         .dense = step.dense,
          .tap_row = step.part.pitch,
          .panel = step.panel,
          .next = {step.next_dense, step.next_checked}});
@@ -416,7 +426,7 @@ class WeightsRun {
                          .images = static_cast<int>(block.images),
                          .rows = static_cast<int>(block.rows),
                          .columns = static_cast<int>(block.columns),
-                         .dense = scratch.copy,
+                         .dense = step.dense,
                          .image_pitch = step.part.image_rows * step.part.pitch,
                          .pitch = step.part.pitch,
                          .tap_rows = rows.taps,
@@ -466,12 +476,14 @@ class WeightsRun {
                       PixelTable& table) const {
     const Block block = cls.block(index, plan_.shape.n);
     table.count = 0;
+    table.one_run = false;
     if (block.images == 0 || block.rows == 0 || block.columns == 0) return;
     const Meeting rows(group.rows, block.row, block.rows), columns(group.columns, block.column, block.columns);
     char* windows = table.windows;
     table.count = cls.position(block.images - 1, rows.positions - 1, columns.positions);
     std::fill_n(table.pixels, table.count, scratch.zeros);
     const int64_t count = columns.end - columns.begin, step = group.columns.step;
+    table.one_run = count == table.count && rows.begin < rows.end && step == 1 && dense_.fold.taps == 0;
     if (count == 0) return;
     const int64_t first = group.columns.start + (columns.at + columns.begin) * step;
     for (int64_t image = 0; image < block.images; ++image) {

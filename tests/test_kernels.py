@@ -194,6 +194,31 @@ def test_weight_gradients_of_neighbouring_nonzeros_are_exact(case: Case, isa: st
         np.testing.assert_array_equal(got, want, err_msg=f"{sparsity} {pattern}")
 
 
+# All features in one step of whole vectors: where pixels follow each other, the dense operand is read where it lies.
+IN_PLACE = [
+    *(Case(3, 9, 11, 40, k, 1, 1) for k in (16, 32, 64, 128)),
+    *(Case(3, 9, 11, c, 40, 1, 1) for c in (8, 16, 64, 128)),
+    Case(9, 14, 15, 24, 64, 1, 1),  # the pixels in chunks
+    Case(2, 1, 40, 20, 32, 1, 1, (1, 1), ((0, 0), (1, 2))),
+    Case(4, 1, 30, 24, 32, 3, 1, (1, 1), ((1, 1), (0, 0))),  # single rows, of which two taps meet padding only
+    Case(4, 30, 1, 24, 32, 1, 3, (1, 1), ((0, 0), (1, 1))),
+    Case(2, 1, 33, 16, 32, 1, 1, (1, 2)),
+    Case(3, 1, 16, 16, 64, 1, 2, (1, 2)),  # windows that follow each other
+]
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=str)
+def test_weight_gradients_of_features_in_one_step_are_exact(case: Case, isa: str) -> None:
+    rng = seed("in place", case)
+    for sparsity_lhs, sparsity_g in ((0.0, 0.0), (0.5, 0.0), (0.7, 0.2), (0.92, 0.0), (0.1, 0.8)):
+        lhs = values(rng, case.lhs_shape, sparsity_lhs, integers=True)
+        g = values(rng, case.out_shape, sparsity_g, integers=True)
+        want = COMPONENTS["bwd_weights"](case, lhs, g).astype(np.float32)
+        for mode in MODES:
+            got = run("bwd_weights", case, lhs, g, mode)
+            np.testing.assert_array_equal(got, want, err_msg=f"{sparsity_lhs} {sparsity_g} {mode}")
+
+
 # Few features and 3x3 taps: all rows of the kernel in one sweep. Channels and features as in FWD.
 TALL = [
     same(Case(5, 9, 11, 20, 8, 3, 3)),
