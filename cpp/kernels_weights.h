@@ -10,8 +10,7 @@
 //          kernels whose features are one step
 //   list   the positions of a channel's non-zeros, from its mask: a loop over a list ends once, one over a mask ends,
 //          mispredicted, in every word. Walks of few multiply-adds a visit do without, unless they are packed
-//   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, one broadcast of the
-//   value
+//   walk   per channel: the sums of all taps x features sit in registers; for every non-zero, a broadcast of its value
 //          and one fused multiply-add with a memory operand per sum
 //
 // Loads bound the walk: one per multiply-add, plus one for the broadcast. Two things break the bound. *Neighbours*, two
