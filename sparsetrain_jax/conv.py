@@ -113,8 +113,9 @@ class _Call:
 
         if self.out_sharding is None:
             return sparse(lhs, rhs)
-        # The stock operation knows what it makes of the argument, and what is wrong with it.
-        sharding = jax.eval_shape(self.lax, lhs, rhs).sharding
+        # The stock operation knows what it makes of the argument, and what is wrong with it. (Where some axes are Auto,
+        # eval_shape would not tell.)
+        sharding = jax.make_jaxpr(self.lax)(lhs, rhs).out_avals[0].sharding
         return _compat.resharded(sparse, sharding)(lhs, rhs)
 
 

@@ -422,9 +422,9 @@ def _mul(eqn: Any, facts: Sequence[Facts]) -> Facts:
 
 
 def _representable(dtype: Any, low: float, high: float) -> tuple[float, float]:
-    """(low, high), or any magnitude if numbers of that size may over- or underflow in ``dtype``."""
+    """(low, high), without a bound where numbers of that size may over- or underflow in ``dtype``."""
     info = jnp.finfo(dtype)
-    return (low, high) if low >= float(info.smallest_normal) and high <= float(info.max) else _ANY_MAGNITUDE
+    return (low if low >= float(info.smallest_normal) else 0.0, high if high <= float(info.max) else math.inf)
 
 
 def _product(dtype: Any, first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
@@ -463,8 +463,28 @@ def _div(eqn: Any, facts: Sequence[Facts]) -> Facts:
 def _add(eqn: Any, facts: Sequence[Facts]) -> Facts:
     result = _all(facts)
     if result.magnitude is not None:
-        return _fixed_sum(eqn, _ANY_MAGNITUDE, result.nonnegative)
+        return _fixed_sum(eqn, _magnitude_of_sum(eqn, facts), result.nonnegative)
     return replace(result, qualifies=result.qualifies and result.nonnegative)
+
+
+@_rule(
+    "sub",
+    title="Differences of values without gradient",
+    qualifies="always; of other values never: they can cancel",
+    nonnegative="never",
+    hint="values that have a gradient can cancel",
+)
+def _sub(eqn: Any, facts: Sequence[Facts]) -> Facts:
+    if all(f.fixed for f in facts):
+        return _fixed_sum(eqn, _magnitude_of_sum(eqn, facts), False)
+    return of_type(eqn.outvars[0].aval)
+
+
+def _magnitude_of_sum(eqn: Any, facts: Sequence[Facts]) -> tuple[float, float]:
+    """Of sums and differences of values without gradient: what cancels may leave anything near zero."""
+    dtype = eqn.outvars[0].aval.dtype
+    high = math.fsum(f.magnitude[1] for f in facts if f.magnitude is not None)
+    return _representable(dtype, 0.0, high) if jnp.issubdtype(dtype, jnp.floating) else _ANY_MAGNITUDE
 
 
 @_rule(

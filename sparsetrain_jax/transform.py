@@ -579,7 +579,6 @@ def _inlined(closed: Any, invars: Sequence[Any], eqn: Any) -> list[Any] | None:
             invars=list(map(renamed, e.invars)),
             outvars=[v if isinstance(v, _compat.DropVar) else renamed(v) for v in e.outvars],
             source_info=eqn.source_info,
-            ctx=eqn.ctx,
         )
         for e in jaxpr.eqns
     ]
@@ -752,20 +751,24 @@ class _Walk:
         elif kernel.component == "bwd_input" and flip is not None:
             invars[1] = flip.invars[0]
         new = [eqn] if ours and not relu_input else None
+        refusal = kernel.call.reason or "its type in the surrounding function cannot be kept"
         if kernel.call.route is not None and new is None:
-            closed = _jaxpr_of(kernel, tuple(v.aval for v in invars), eqn.ctx)
-            new = _inlined(closed, invars, eqn)
+            try:
+                new = _inlined(_jaxpr_of(kernel, tuple(v.aval for v in invars), eqn.ctx), invars, eqn)
+            except _compat.ShardingTypeError as error:  # of shardings that lax may keep
+                refusal = str(error)
         if not self.explain:
             return new or [eqn], []
-        return new or [eqn], [self._report(eqn, kernel, operands, new is not None, reverse)]
+        return new or [eqn], [self._report(eqn, kernel, operands, refusal if new is None else None, reverse)]
 
     def _report(
-        self, eqn: Any, kernel: _Kernel, operands: Sequence[Facts], replaced: bool, reverse: bool
+        self, eqn: Any, kernel: _Kernel, operands: Sequence[Facts], refusal: str | None, reverse: bool
     ) -> ConvReport:
+        """A report on a convolution: with ``refusal``, why it is not replaced."""
+        replaced = refusal is None
         paths = dict(explain_call(*_forward_operands(eqn, kernel), kernel.call, relu_input=kernel.relu_input))
-        if not replaced:
-            reason = kernel.call.reason or "its type in the surrounding function cannot be kept"
-            paths = {name: Component("lax", reason, {}) for name in paths}
+        if refusal is not None:
+            paths = {name: Component("lax", refusal, {}) for name in paths}
         if kernel.component != "fwd":
             paths = {kernel.component: paths[kernel.component]}
         if self.grad_inside:

@@ -165,6 +165,88 @@ for layout_ in OUT_SHARDINGS:
         check(out_sharding_is_that_of_lax_and_keeps_the_kernels, layout_, relu_input_, name=name_)
 
 
+def sparsify_keeps_shardings_and_exchanges_convolutions(kinds: str, out_sharding: bool) -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=tuple(getattr(AxisType, kind) for kind in kinds.split()))
+    lhs, rhs = data()
+
+    def conv(lhs: Any, rhs: Any) -> Any:
+        numbers, out = ("NHWC", "HWIO", "NHWC"), P("a") if out_sharding else None
+        return jax.lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=numbers, out_sharding=out)
+
+    def loss(lhs: Any, rhs: Any) -> Any:
+        return (conv(jax.nn.relu(conv(lhs, rhs)), rhs) ** 2).sum()
+
+    step = jax.grad(loss, (0, 1))  # its kernel gradients have an out_sharding in any case
+    want = step(lhs, rhs) if not out_sharding else None
+    with jax.set_mesh(mesh):
+        a, b = jax.device_put(lhs, NamedSharding(mesh, P("a"))), jax.device_put(rhs, NamedSharding(mesh, P()))
+        stock = step(a, b)
+        inside = jax.jit(jax.grad(st.sparsify(jax.jit(loss)), (0, 1)))
+        for run in (st.sparsify(step), jax.jit(st.sparsify(step)), inside):
+            got = run(a, b)
+            assert_equal(got, stock if want is None else want)
+            for g, w in zip(got, stock, strict=True):
+                assert jax.typeof(g) == jax.typeof(w)
+            assert "conv_general_dilated" not in str(jax.make_jaxpr(run)(a, b))
+
+
+for kinds_ in ("Explicit Explicit", "Explicit Auto", "Auto Explicit", "Auto Auto"):
+    for out_sharding_ in (False, True):
+        if kinds_.startswith("Auto") and out_sharding_:
+            continue  # an out_sharding over an axis that is not Explicit
+        name_ = f"sparsify_keeps_shardings_and_exchanges_convolutions[{kinds_}-out_sharding={out_sharding_}]"
+        check(sparsify_keeps_shardings_and_exchanges_convolutions, kinds_, out_sharding_, name=name_)
+
+
+@check
+def sparsify_leaves_shardings_that_only_lax_keeps_to_lax() -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    def conv(lhs: Any, rhs: Any) -> Any:
+        return jax.lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        a = jax.device_put(lhs, NamedSharding(mesh, P(None, "a")))
+        for run in (st.sparsify(conv), jax.jit(st.sparsify(conv))):
+            assert_equal(run(a, rhs), conv(a, rhs))
+        (report,) = st.sparsify(conv, explain=True)(a, rhs)
+        assert report.paths["fwd"].path == "lax"
+        assert "spatial dimension" in report.paths["fwd"].reason
+
+
+@check
+def out_sharding_holds_where_other_axes_are_auto() -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import sparsetrain_jax as st
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    for spec in (P(), P("a"), P(None, None, None, "a")):
+        with jax.set_mesh(mesh):
+            a = jax.device_put(lhs, NamedSharding(mesh, spec))
+            got, stock = (
+                conv(a, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), out_sharding=P("a"))
+                for conv in (st.conv_general_dilated, jax.lax.conv_general_dilated)
+            )
+            assert jax.typeof(got) == jax.typeof(stock)
+            assert_equal(got, stock)
+
+
 @check
 def a_bad_out_sharding_raises_what_lax_raises() -> None:
     import jax
