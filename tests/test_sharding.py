@@ -41,12 +41,17 @@ def data() -> tuple[Any, Any]:
     return lhs, rhs
 
 
+def same(conv: Callable[..., Any], lhs: Any, rhs: Any, out_sharding: Any = None) -> Any:
+    """A function with the arguments of ``conv_general_dilated``, as a layer calls it."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return conv(lhs, rhs, (1, 1), "SAME", dimension_numbers=numbers, out_sharding=out_sharding)
+
+
 def functions() -> dict[str, Callable[[Any, Any], Any]]:
     import sparsetrain_jax as st
 
-    numbers = ("NHWC", "HWIO", "NHWC")
     return {
-        "general": lambda lhs, rhs: st.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=numbers),
+        "general": lambda lhs, rhs: same(st.conv_general_dilated, lhs, rhs),
         "relu_input": lambda lhs, rhs: st.sparse_conv(lhs, rhs, relu_input=True),
         "bfloat16": lambda lhs, rhs: st.sparse_conv(lhs.astype("bfloat16"), rhs.astype("bfloat16")),
     }
@@ -139,10 +144,7 @@ def out_sharding_is_that_of_lax_and_keeps_the_kernels(layout: str, relu_input: b
     lhs, rhs = data()
 
     def run(conv: Callable[..., Any], out_sharding: Any) -> Callable[[Any, Any], Any]:
-        def call(lhs: Any, rhs: Any) -> Any:
-            return conv(lhs, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), out_sharding=out_sharding)
-
-        return everything(call)
+        return everything(lambda lhs, rhs: same(conv, lhs, rhs, out_sharding))
 
     hook = ConvHook(relu_input=relu_input)
     want = run(hook, None)(lhs, rhs)  # not from lax: XLA gets the kernel gradient of "of_its_own" wrong
@@ -176,8 +178,7 @@ def sparsify_keeps_shardings_and_exchanges_convolutions(kinds: str, out_sharding
     lhs, rhs = data()
 
     def conv(lhs: Any, rhs: Any) -> Any:
-        numbers, out = ("NHWC", "HWIO", "NHWC"), P("a") if out_sharding else None
-        return jax.lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=numbers, out_sharding=out)
+        return same(jax.lax.conv_general_dilated, lhs, rhs, P("a") if out_sharding else None)
 
     def loss(lhs: Any, rhs: Any) -> Any:
         return (conv(jax.nn.relu(conv(lhs, rhs)), rhs) ** 2).sum()
@@ -213,7 +214,7 @@ def sparsify_leaves_shardings_that_only_lax_keeps_to_lax() -> None:
     import sparsetrain_jax as st
 
     def conv(lhs: Any, rhs: Any) -> Any:
-        return jax.lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return same(jax.lax.conv_general_dilated, lhs, rhs)
 
     lhs, rhs = data()
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,))
@@ -240,8 +241,7 @@ def out_sharding_holds_where_other_axes_are_auto() -> None:
         with jax.set_mesh(mesh):
             a = jax.device_put(lhs, NamedSharding(mesh, spec))
             got, stock = (
-                conv(a, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), out_sharding=P("a"))
-                for conv in (st.conv_general_dilated, jax.lax.conv_general_dilated)
+                same(conv, a, rhs, P("a")) for conv in (st.conv_general_dilated, jax.lax.conv_general_dilated)
             )
             assert jax.typeof(got) == jax.typeof(stock)
             assert_equal(got, stock)
@@ -263,8 +263,7 @@ def a_bad_out_sharding_raises_what_lax_raises() -> None:
             for conv in (jax.lax.conv_general_dilated, st.conv_general_dilated):
                 try:
                     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                        conv(lhs, rhs, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                             out_sharding=out_sharding)  # fmt: skip
+                        same(conv, lhs, rhs, out_sharding)
                     raised.append(None)
                 except Exception as error:
                     raised.append(type(error))
