@@ -45,13 +45,15 @@ TUNING = {
 }
 
 FWD, BWI, BWW_LHS, BWW_G, BWI_MASKED = "fwd", "bwd_input", "bwd_weights_lhs", "bwd_weights_g", "bwd_input_masked"
-COMPONENTS = (FWD, BWI, BWW_LHS, BWW_G, BWI_MASKED)
+BOTH = "bwd_both"
+COMPONENTS = (FWD, BWI, BWW_LHS, BWW_G, BWI_MASKED, BOTH)
 COMPONENT_TITLES = {
     FWD: "FWD (lhs checked)",
     BWI: "BWI (output gradient checked)",
     BWW_LHS: "BWW (lhs has the zeros)",
     BWW_G: "BWW (output gradient has the zeros)",
     BWI_MASKED: "BWI computed only where lhs != 0 (relu_input=True)",
+    BOTH: "BWI where lhs != 0 and BWW, in one call (relu_input=True)",
 }
 OURS, ONEDNN, XLA = "ours", "onednn", "xla"
 FORCED = ("sparse", "dense")  # our own modes, as competitors of the mode that is measured
@@ -105,7 +107,7 @@ class Layer:
         return requested if requested is not None else (4 if self.size >= 112 else 16)
 
     def gflop(self, batch: int) -> float:
-        """Dense-equivalent 1e9 floating-point operations of one component; padding counts as work, zeros too."""
+        """Dense-equivalent 1e9 floating-point operations of one gradient; padding counts as work, zeros too."""
         return 2e-9 * batch * self.out_size**2 * self.in_features * self.features * self.kernel**2
 
 
@@ -209,7 +211,7 @@ class Case:
 
 def sparse_case(layer: Layer, batch: int, component: str, sparsity: float) -> Case:
     """The case in which only the operand that `component` checks has zeros."""
-    on_lhs = component in (FWD, BWW_LHS, BWI_MASKED)
+    on_lhs = component in (FWD, BWW_LHS, BWI_MASKED, BOTH)
     return Case(layer, batch, component, sparsity if on_lhs else 0.0, 0.0 if on_lhs else sparsity)
 
 
@@ -345,22 +347,24 @@ def _numpy_dtype(name: str) -> Any:
 
 
 class Competitor(NamedTuple):
-    """`run()` computes and waits; `result()` returns the answer as a numpy array in our layout; `label` names it."""
+    """`run()` computes and waits; `results()` returns the answers as numpy arrays in our layout; `label` names it."""
 
     run: Callable[[], Any]
-    result: Callable[[], np.ndarray]
+    results: Callable[[], list[np.ndarray]]
     label: str
 
 
 def _component_of(conv: Callable[[Any, Any], Any], component: str) -> Callable[[Any, Any, Any], Any]:
-    """(x, w, g) -> the asked component of `conv` alone: what the others need is dead code that jit removes."""
+    """(x, w, g) -> results of the asked component of `conv` alone: what others need is dead code that jit removes."""
     import jax
 
     if component == FWD:
-        return lambda x, w, g: conv(x, w)
+        return lambda x, w, g: (conv(x, w),)
     if component in (BWI, BWI_MASKED):
-        return lambda x, w, g: jax.vjp(lambda lhs: conv(lhs, w), x)[1](g)[0]
-    return lambda x, w, g: jax.vjp(lambda rhs: conv(x, rhs), w)[1](g)[0]
+        return lambda x, w, g: jax.vjp(lambda lhs: conv(lhs, w), x)[1](g)
+    if component == BOTH:
+        return lambda x, w, g: jax.vjp(conv, x, w)[1](g)
+    return lambda x, w, g: jax.vjp(lambda rhs: conv(x, rhs), w)[1](g)
 
 
 class Compiled(NamedTuple):
@@ -378,7 +382,7 @@ def compile_jax(layer: Layer, batch: int, component: str, which: str, mode: str,
         import sparsetrain_jax as st
 
         def conv(x: Any, w: Any) -> Any:
-            masked = component == BWI_MASKED
+            masked = component in (BWI_MASKED, BOTH)
             return st.sparse_conv(x, w, strides=strides, padding=padding, relu_input=masked, mode=mode)
     else:
 
@@ -409,9 +413,11 @@ def xla_kind(text: str) -> str:
 
 
 def jax_competitor(compiled: Compiled, label: str, arrays: Sequence[Any]) -> Competitor:
+    import jax
+
     return Competitor(
-        run=lambda: compiled.call(*arrays).block_until_ready(),
-        result=lambda: np.asarray(compiled.call(*arrays)),
+        run=lambda: jax.block_until_ready(compiled.call(*arrays)),
+        results=lambda: [np.asarray(result) for result in compiled.call(*arrays)],
         label=label,
     )
 
@@ -420,7 +426,8 @@ def torch_competitors(case: Case, arrays: tuple[np.ndarray, np.ndarray, np.ndarr
     """The ways PyTorch has to oneDNN for this component, channels_last; [] when PyTorch is not installed.
 
     `conv2d` and `convolution_backward` sometimes leave oneDNN on 1x1 kernels, so FWD and BWI are also asked of
-    `mkldnn_convolution` (BWI with the transposed filter, which is prepared in advance: a gift to the baseline).
+    `mkldnn_convolution` (BWI with the transposed filter, which is prepared in advance: a gift to the baseline). Both
+    gradients are asked for in one call and in two.
     """
     try:
         import torch
@@ -437,7 +444,7 @@ def torch_competitors(case: Case, arrays: tuple[np.ndarray, np.ndarray, np.ndarr
         return torch.ops.aten.convolution_backward(tg, tx, tw, None, strides, pads, ones, False, [0, 0], 1, which)
 
     def competitor(run: Callable[[], Any], order: tuple[int, ...], label: str) -> Competitor:
-        return Competitor(run, lambda: run().permute(*order).contiguous().float().numpy(), label)
+        return Competitor(run, lambda: [run().permute(*order).contiguous().float().numpy()], label)
 
     nhwc, hwio = (0, 2, 3, 1), (2, 3, 1, 0)
     if case.component == FWD:
@@ -449,14 +456,28 @@ def torch_competitors(case: Case, arrays: tuple[np.ndarray, np.ndarray, np.ndarr
         if layer.kernel > 1:
             ways.append(competitor(lambda: torch.conv2d(tx, tw, None, strides, pads), nhwc, "conv2d"))
         return ways
+    of_input = [competitor(lambda: backward([True, False, False])[0], nhwc, "convolution_backward")]
+    if layer.kernel == 1 and layer.stride == 1:
+        twt = tw.transpose(0, 1).contiguous(memory_format=channels_last)
+        transposed = lambda: torch.mkldnn_convolution(tg, twt, None, [0, 0], ones, ones, 1)  # noqa: E731
+        of_input.append(competitor(transposed, nhwc, "mkldnn_convolution"))
     if case.component in (BWI, BWI_MASKED):
-        ways = [competitor(lambda: backward([True, False, False])[0], nhwc, "convolution_backward")]
-        if layer.kernel == 1 and layer.stride == 1:
-            twt = tw.transpose(0, 1).contiguous(memory_format=channels_last)
-            transposed = lambda: torch.mkldnn_convolution(tg, twt, None, [0, 0], ones, ones, 1)  # noqa: E731
-            ways.append(competitor(transposed, nhwc, "mkldnn_convolution"))
-        return ways
-    return [competitor(lambda: backward([False, True, False])[1], hwio, "convolution_backward")]
+        return of_input
+    of_weights = competitor(lambda: backward([False, True, False])[1], hwio, "convolution_backward")
+    if case.component != BOTH:
+        return [of_weights]
+
+    def one_after_the_other(way: Competitor) -> Competitor:
+        return Competitor(
+            lambda: (way.run(), of_weights.run()),
+            lambda: [*way.results(), *of_weights.results()],
+            f"{way.label}, {of_weights.label}",
+        )
+
+    at_once = lambda: backward([True, True, False])  # noqa: E731
+    results = lambda: [at_once()[0].permute(*nhwc), at_once()[1].permute(*hwio)]  # noqa: E731
+    arrays_of = lambda: [result.contiguous().float().numpy() for result in results()]  # noqa: E731
+    return [Competitor(at_once, arrays_of, "convolution_backward"), *map(one_after_the_other, of_input)]
 
 
 def _clock(run: Callable[[], Any], repeats: int = 1) -> float:
@@ -657,26 +678,31 @@ def _check(case: Case, entries: dict[str, Competitor], arrays: Sequence[np.ndarr
     Narrow answers are compared with `dense` on the same operands in float32: baselines may accumulate in less.
     """
     layer = case.layer
+    of_input, of_weights = layer.kernel**2 * layer.features, case.batch * layer.out_size**2
     terms = {
-        FWD: layer.kernel**2 * layer.in_features,
-        BWI: layer.kernel**2 * layer.features,
-        BWI_MASKED: layer.kernel**2 * layer.features,
-    }.get(case.component, case.batch * layer.out_size**2)
+        FWD: [layer.kernel**2 * layer.in_features],
+        BWI: [of_input],
+        BWI_MASKED: [of_input],
+        BOTH: [of_input, of_weights],
+    }.get(case.component, [of_weights])
     narrow = arrays[0].dtype != np.float32
     arrays = [array.astype(np.float32, copy=False) for array in arrays]
     # float32 sums of non-negative terms are accurate enough for a bound.
-    magnitude = np.asarray(dense.call(*(np.abs(array) for array in arrays)))
-    got = entries[OURS].result()
-    masked = arrays[0] != 0 if case.component == BWI_MASKED else None
-    wanted = {} if narrow else {name: entry.result() for name, entry in entries.items() if name != OURS}
+    magnitudes = [np.asarray(result) for result in dense.call(*(np.abs(array) for array in arrays))]
+    got = entries[OURS].results()
+    wanted = {} if narrow else {name: entry.results() for name, entry in entries.items() if name != OURS}
     if not wanted:
-        wanted[XLA] = np.asarray(dense.call(*arrays))
+        wanted[XLA] = [np.asarray(result) for result in dense.call(*arrays)]
+
+    def masked(results: list[np.ndarray]) -> list[np.ndarray]:
+        if case.component not in (BWI_MASKED, BOTH):
+            return results
+        return [np.where(arrays[0] != 0, results[0], 0), *results[1:]]
+
     worst = 0.0
     for name, want in wanted.items():
-        if masked is not None:
-            want = np.where(masked, want, 0)
-            magnitude = np.where(masked, magnitude, 0)
-        worst = max(worst, error_over_bound(got, want, magnitude, terms))
+        answers = zip(got, masked(want), masked(magnitudes), terms, strict=True)
+        worst = max(worst, *(error_over_bound(*answer) for answer in answers))
         if not worst <= 1:
             raise RuntimeError(f"{case.describe()}: our answer differs from {name}'s by {worst:.3g} times the bound")
     return worst
@@ -692,7 +718,7 @@ def _record(
     error: float | None,
 ) -> Record:
     layer, ours = case.layer, times[OURS]
-    gflop = layer.gflop(case.batch)
+    gflop = layer.gflop(case.batch) * (2 if case.component == BOTH else 1)
     record = Record(
         layer=layer.name,
         group=layer.group,

@@ -336,11 +336,13 @@ def print_memory(arguments: argparse.Namespace, argv: Sequence[str], console: Co
         table.add_column(heading, justify="right")
     for index, case in enumerate(arguments.cases):
         layer = case.layer
+        lhs, rhs = case.batch * layer.size**2 * layer.in_features, layer.kernel**2 * layer.in_features * layer.features
         elements = {
             common.FWD: case.batch * layer.out_size**2 * layer.features,
-            common.BWI: case.batch * layer.size**2 * layer.in_features,
-            common.BWI_MASKED: case.batch * layer.size**2 * layer.in_features,
-        }.get(case.component, layer.kernel**2 * layer.in_features * layer.features)
+            common.BWI: lhs,
+            common.BWI_MASKED: lhs,
+            common.BOTH: lhs + rhs,
+        }.get(case.component, rhs)
         cells = [common.number(columns[who][index], ".1f") for who in people]
         size = f"{elements * (4 if arguments.dtype == 'float32' else 2) / 2**20:.1f}"
         table.add_row(layer.name, case.component, str(case.batch), f"{case.skippable:.2f}", size, *cells)

@@ -1,7 +1,8 @@
 """Whole networks: all convolutions but the first, FWD + BWI + BWW, at the sparsity recorded for each layer.
 
     python bench/networks.py                                        VGG16, ResNet-34, ResNet-50, Fixup ResNet-50
-    python bench/networks.py --networks resnet50 --masked           BWI only where the layer's input is non-zero
+    python bench/networks.py --networks resnet50 --masked           BWI only where the layer's input is non-zero, and
+                                                                    in one call with BWW, as relu_input=True has it
     python bench/networks.py --profile mine.csv --csv out.csv --plot out.png
 
 A profile is a CSV with the columns of bench/recorded_sparsity.csv, one line for each convolution; lines that start with
@@ -21,17 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
-from common import BWI, BWI_MASKED, BWW_LHS, FWD, Case, Layer, Options, Record
+from common import BOTH, BWI, BWW_LHS, FWD, Case, Layer, Options, Record
 from rich.console import Console
 from rich.table import Table
 
 PROFILE = Path(__file__).with_name("recorded_sparsity.csv")
-PARTS = {"FWD": (FWD,), "BWI": (BWI, BWI_MASKED), "BWW": (BWW_LHS,)}
+PARTS = {"FWD": (FWD,), "BWI": (BWI,), "BWW": (BWW_LHS,), "BWI + BWW": (BOTH,)}
 
 
 @dataclasses.dataclass
 class Total:
-    """Milliseconds for one image summed over a network's layers; `part` is FWD, BWI, BWW or "all"."""
+    """Milliseconds for one image summed over a network's layers; `part` is one of PARTS or "all"."""
 
     network: str
     part: str
@@ -91,8 +92,11 @@ def cases_of(layers: list[tuple[Layer, float, float]], masked: bool, grid: float
     for layer, of_input, of_gradient in layers:
         lhs, g, batch = rounded(of_input), rounded(of_gradient), layer.batch(None)
         counts[Case(layer, batch, FWD, lhs_sparsity=lhs)] += 1
-        counts[Case(layer, batch, BWI_MASKED, lhs, g) if masked else Case(layer, batch, BWI, g_sparsity=g)] += 1
-        counts[Case(layer, batch, BWW_LHS, lhs, g)] += 1
+        if masked:
+            counts[Case(layer, batch, BOTH, lhs, g)] += 1
+        else:
+            counts[Case(layer, batch, BWI, g_sparsity=g)] += 1
+            counts[Case(layer, batch, BWW_LHS, lhs, g)] += 1
     return counts
 
 
@@ -100,6 +104,8 @@ def totals_of(network: str, counts: Counter[Case], records: dict[Case, Record]) 
     totals = []
     for part, components in (*PARTS.items(), ("all", common.COMPONENTS)):
         chosen = [(records[case], count, case) for case, count in counts.items() if case.component in components]
+        if not chosen:
+            continue
 
         def milliseconds(field: str, rows: list[tuple[Record, int, Case]] = chosen) -> float | None:
             values = [(getattr(record, field), count / record.batch) for record, count, _ in rows]
@@ -157,6 +163,7 @@ def plot(totals: list[Total], path: str) -> None:
     import matplotlib.pyplot as plt
 
     networks = list(dict.fromkeys(total.network for total in totals))
+    parts = list(dict.fromkeys(total.part for total in totals if total.part != "all"))
     of = {(total.network, total.part): total for total in totals}
     people = [("oneDNN", "onednn_ms"), ("XLA", "xla_ms"), ("ours", "ours_ms"), ("sparse roofline", "roofline_ms")]
     people = [(name, field) for name, field in people if getattr(totals[0], field)]
@@ -166,7 +173,7 @@ def plot(totals: list[Total], path: str) -> None:
         unit = of[network, "all"].onednn_ms or of[network, "all"].ours_ms
         for column, (name, field) in enumerate(people):
             x, bottom = row + (column - (len(people) - 1) / 2) * width, 0.0
-            for index, part in enumerate(PARTS):
+            for index, part in enumerate(parts):
                 height = getattr(of[network, part], field) / unit
                 axis.bar(
                     x,

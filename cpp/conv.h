@@ -72,5 +72,8 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstT
                       Executor& executor);
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
                            Tensor dlhs, Executor& executor);
+// Both gradients of a call of which lhs is x: what the last two do.
+void conv_bwd_both(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
+                   Tensor drhs, Executor& executor);
 
 }  // namespace sparsetrain

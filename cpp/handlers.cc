@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "conv.h"
@@ -99,22 +100,28 @@ ffi::Error check_buffers(const char* op, Result& result, const Operand& first, c
   return ffi::Error::Success();
 }
 
-template <auto operation, class... Operands>
-ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int64_t mode, Result& result,
-               const Operands&... operands) {
-  if (result->element_count() == 0) return ffi::Error::Success();
-  if (((operands.element_count() == 0) || ...)) {
-    std::memset(result->untyped_data(), 0, result->size_bytes());
-    return ffi::Error::Success();
-  }
-  try {
-    XlaExecutor executor(pool);
-    operation(shape, static_cast<Mode>(mode), ConstTensor{operands.untyped_data(), *dtype_of(operands)}...,
-              Tensor{result->untyped_data(), *dtype_of(*result)}, executor);
-  } catch (const std::exception& e) {
-    return ffi::Error::Internal(std::string(op) + ": " + e.what());
-  }
-  return ffi::Error::Success();
+void zero(Result& result) {
+  if (result->element_count() > 0) std::memset(result->untyped_data(), 0, result->size_bytes());
+}
+
+template <auto operation, class... Results, class... Operands>
+ffi::Error run(const char* op, ffi::ThreadPool pool, const ConvShape& shape, int64_t mode,
+               std::tuple<Results&...> results, const Operands&... operands) {
+  const bool nothing = ((operands.element_count() == 0) || ...);  // to add up
+  return std::apply(
+      [&](Results&... result) {
+        if (nothing) (zero(result), ...);
+        if (nothing || ((result->element_count() == 0) && ...)) return ffi::Error::Success();
+        try {
+          XlaExecutor executor(pool);
+          operation(shape, static_cast<Mode>(mode), ConstTensor{operands.untyped_data(), *dtype_of(operands)}...,
+                    Tensor{result->untyped_data(), *dtype_of(*result)}..., executor);
+        } catch (const std::exception& e) {
+          return ffi::Error::Internal(std::string(op) + ": " + e.what());
+        }
+        return ffi::Error::Success();
+      },
+      results);
 }
 
 ffi::Error conv_fwd_handler(ffi::ThreadPool pool, Operand lhs, Operand rhs, Result out, Geometry geometry,
@@ -125,7 +132,7 @@ ffi::Error conv_fwd_handler(ffi::ThreadPool pool, Operand lhs, Operand rhs, Resu
   if (error.failure()) return error;
   error = make_shape(kOp, geometry, lhs.dimensions(), rhs.dimensions(), out->dimensions(), mode, &shape);
   if (error.failure()) return error;
-  return run<conv_fwd>(kOp, pool, shape, mode, out, lhs, rhs);
+  return run<conv_fwd>(kOp, pool, shape, mode, std::tie(out), lhs, rhs);
 }
 
 ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, Operand g, Operand rhs, Result dlhs, Geometry geometry,
@@ -136,7 +143,7 @@ ffi::Error conv_bwd_input_handler(ffi::ThreadPool pool, Operand g, Operand rhs, 
   if (error.failure()) return error;
   error = make_shape(kOp, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
   if (error.failure()) return error;
-  return run<conv_bwd_input>(kOp, pool, shape, mode, dlhs, g, rhs);
+  return run<conv_bwd_input>(kOp, pool, shape, mode, std::tie(dlhs), g, rhs);
 }
 
 ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, Operand lhs, Operand g, Result drhs, Geometry geometry,
@@ -147,27 +154,52 @@ ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, Operand lhs, Operand g
   if (error.failure()) return error;
   error = make_shape(kOp, geometry, lhs.dimensions(), drhs->dimensions(), g.dimensions(), mode, &shape);
   if (error.failure()) return error;
-  return run<conv_bwd_weights>(kOp, pool, shape, mode, drhs, lhs, g);
+  return run<conv_bwd_weights>(kOp, pool, shape, mode, std::tie(drhs), lhs, g);
+}
+
+// Of an operation whose result dlhs is masked by x.
+ffi::Error make_masked_shape(const char* op, const Operand& g, const Operand& rhs, const Operand& x, Result& dlhs,
+                             Geometry geometry, int64_t mode, ConvShape* shape) {
+  ffi::Error error = check_buffers(op, dlhs, g, rhs, x);
+  if (error.failure()) return error;
+  error = make_shape(op, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, shape);
+  if (error.failure()) return error;
+  for (size_t i = 0; i < 4; ++i) {
+    if (x.dimensions()[i] == dlhs->dimensions()[i]) continue;
+    return ffi::Error::InvalidArgument(std::string(op) + ": x and the result differ in dimension " + std::to_string(i) +
+                                       ": " + std::to_string(x.dimensions()[i]) + " and " +
+                                       std::to_string(dlhs->dimensions()[i]));
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error conv_bwd_input_masked_handler(ffi::ThreadPool pool, Operand g, Operand rhs, Operand x, Result dlhs,
                                          Geometry geometry, int64_t mode) {
   constexpr const char* kOp = "sparse_conv_bwd_input_masked";
   ConvShape shape;
-  ffi::Error error = check_buffers(kOp, dlhs, g, rhs, x);
+  ffi::Error error = make_masked_shape(kOp, g, rhs, x, dlhs, geometry, mode, &shape);
   if (error.failure()) return error;
-  error = make_shape(kOp, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, &shape);
-  if (error.failure()) return error;
-  for (size_t i = 0; i < 4; ++i) {
-    if (x.dimensions()[i] == dlhs->dimensions()[i]) continue;
-    return ffi::Error::InvalidArgument(std::string(kOp) + ": x and the result differ in dimension " +
-                                       std::to_string(i) + ": " + std::to_string(x.dimensions()[i]) + " and " +
-                                       std::to_string(dlhs->dimensions()[i]));
-  }
-  return run<conv_bwd_input_masked>(kOp, pool, shape, mode, dlhs, g, rhs, x);
+  return run<conv_bwd_input_masked>(kOp, pool, shape, mode, std::tie(dlhs), g, rhs, x);
 }
 
-// Everything after the operands.
+ffi::Error conv_bwd_both_handler(ffi::ThreadPool pool, Operand g, Operand rhs, Operand x, Result dlhs, Result drhs,
+                                 Geometry geometry, int64_t mode) {
+  constexpr const char* kOp = "sparse_conv_bwd_input_masked_sparse_conv_bwd_weights";
+  ConvShape shape;
+  ffi::Error error = make_masked_shape(kOp, g, rhs, x, dlhs, geometry, mode, &shape);
+  if (error.failure()) return error;
+  error = check_buffers(kOp, drhs, g);
+  if (error.failure()) return error;
+  for (size_t i = 0; i < 4; ++i) {
+    if (rhs.dimensions()[i] == drhs->dimensions()[i]) continue;
+    return ffi::Error::InvalidArgument(std::string(kOp) + ": rhs and its gradient differ in dimension " +
+                                       std::to_string(i) + ": " + std::to_string(rhs.dimensions()[i]) + " and " +
+                                       std::to_string(drhs->dimensions()[i]));
+  }
+  return run<conv_bwd_both>(kOp, pool, shape, mode, std::tie(dlhs, drhs), g, rhs, x);
+}
+
+// Everything after the operands and all results but the last.
 template <class Binding>
 auto finish(Binding binding) {
   return std::move(binding)
@@ -176,14 +208,13 @@ auto finish(Binding binding) {
       .template Attr<int64_t>("mode");
 }
 auto two_operands() { return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Operand>().Arg<Operand>()); }
-auto three_operands() {
-  return finish(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Operand>().Arg<Operand>().Arg<Operand>());
-}
+auto three_operands() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Operand>().Arg<Operand>().Arg<Operand>(); }
 
 XLA_FFI_DEFINE_HANDLER(conv_fwd_v1, conv_fwd_handler, two_operands());
 XLA_FFI_DEFINE_HANDLER(conv_bwd_input_v1, conv_bwd_input_handler, two_operands());
 XLA_FFI_DEFINE_HANDLER(conv_bwd_weights_v1, conv_bwd_weights_handler, two_operands());
-XLA_FFI_DEFINE_HANDLER(conv_bwd_input_masked_v1, conv_bwd_input_masked_handler, three_operands());
+XLA_FFI_DEFINE_HANDLER(conv_bwd_input_masked_v1, conv_bwd_input_masked_handler, finish(three_operands()));
+XLA_FFI_DEFINE_HANDLER(conv_bwd_both_v1, conv_bwd_both_handler, finish(three_operands().Ret<ffi::AnyBuffer>()));
 
 }  // namespace
 
@@ -193,6 +224,7 @@ std::vector<std::pair<const char*, void*>> registrations() {
       {"sparsetrain_conv_bwd_input_v1", reinterpret_cast<void*>(conv_bwd_input_v1)},
       {"sparsetrain_conv_bwd_weights_v1", reinterpret_cast<void*>(conv_bwd_weights_v1)},
       {"sparsetrain_conv_bwd_input_masked_v1", reinterpret_cast<void*>(conv_bwd_input_masked_v1)},
+      {"sparsetrain_conv_bwd_both_v1", reinterpret_cast<void*>(conv_bwd_both_v1)},
   };
 }
 

@@ -96,6 +96,7 @@ int measure_fmas() {
 constexpr const char* kPaths[] = {
     "conv_fwd/sparse",         "conv_fwd/dense",         "conv_bwd_input/sparse",        "conv_bwd_input/dense",
     "conv_bwd_weights/sparse", "conv_bwd_weights/dense", "conv_bwd_input_masked/sparse", "conv_bwd_input_masked/dense",
+    "conv_bwd_both/sparse",    "conv_bwd_both/separate",
 };
 constexpr size_t kPathCount = sizeof kPaths / sizeof kPaths[0];
 std::atomic<int64_t> path_counts[kPathCount];

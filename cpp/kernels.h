@@ -209,6 +209,10 @@ struct WeightsPackListsArgs {
   ptrdiff_t other_values, other_list;  // from a channel's neighbours to its others
   uint16_t* counts;                    // [channel], or [channel][neighbours, others]
   bool apart;                          // lines of neighbouring pixels have places of their own in L1
+  // If not null, a bit for each pixel of each channel as well, [channel rounded up to lanes][words]; and lists and
+  // values are filled up with zeros to whole groups of four. Not with neighbours; for 16 lanes only.
+  uint64_t* masks;
+  int words;  // >= count / 64
 };
 
 // Copies `features` of the pixels of the dense operand to [position][width]; the rest of width is zero.
@@ -339,6 +343,26 @@ struct WeightsKernels {
   void (*transpose[kDTypes])(const WeightsTransposeArgs&);
 };
 
+// BWW and the masked BWI at once, see kernels_both.h for the algorithm.
+
+// Which walks of both exist: the sums of a channel and its filter sit in registers, beside four sums of entries, two
+// values and a vector of g.
+constexpr bool both_offered(int rows, int columns, int vectors, int registers) {
+  return registers >= 32 && 2 * rows * columns * vectors + 7 <= registers &&
+         walk_offered(rows, columns, vectors, registers);
+}
+
+struct BothWalkArgs {
+  WeightsWalkArgs walk;  // of packed lists, filled up with zeros to whole groups of four; single channels
+  const float* filter;   // of the first channel, laid out as the sums in the panel
+  float* sums;  // [channel][walk.value_pitch]: += the sum over taps and features of filter * g, for every entry
+  bool first;   // these start from zero
+};
+
+struct BothKernels {
+  void (*walk[kMaxTapRows + 1][kMaxTapColumns + 1][kVectorChoices])(const BothWalkArgs&);  // null: not offered
+};
+
 // Masked BWI, see kernels_masked.h for the algorithm. The pixels of a block of x are its *slots*; a *position* is a
 // place in the scratch copy of g.
 constexpr int kMaskedTaps = 3;           // rows and columns of taps of one product; larger kernels are cut into several
@@ -453,6 +477,7 @@ struct Kernels {
   DataKernels data;
   WeightsKernels weights;
   MaskedKernels masked;
+  BothKernels both;
   const Kernels* narrow;  // of half the lanes; null: none
 };
 

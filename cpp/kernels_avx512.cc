@@ -1,4 +1,5 @@
 // The kernels for Avx512.
+#include "kernels_both.h"
 #include "kernels_data.h"
 #include "kernels_masked.h"
 #include "kernels_weights.h"
@@ -12,6 +13,7 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 data_kernels<Avx512>(),
                                 weights_kernels<Avx512>(),
                                 masked_kernels<Avx512>(),
+                                both_kernels<Avx512>(),
                                 &kKernelsAvx2};
 
 }  // namespace sparsetrain

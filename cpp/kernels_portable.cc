@@ -1,4 +1,5 @@
 // The kernels for Portable.
+#include "kernels_both.h"
 #include "kernels_data.h"
 #include "kernels_masked.h"
 #include "kernels_weights.h"
@@ -11,6 +12,7 @@ const Kernels kKernelsPortable = {"portable",
                                   Portable::kRegisters,
                                   data_kernels<Portable>(),
                                   weights_kernels<Portable>(),
-                                  masked_kernels<Portable>()};
+                                  masked_kernels<Portable>(),
+                                  both_kernels<Portable>()};
 
 }  // namespace sparsetrain

@@ -24,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
@@ -458,12 +459,15 @@ ST_INLINE uint32_t every_second(uint32_t bits) {
   return (even & kEven) | (bits & ~even & ~kEven);
 }
 
+enum class Entries { kPlain, kNeighbours, kMasks };
+
 // The lists of kLanes channels from `first` on. kNear: L1 holds the lines of twice kLanes pixels; if not, the next
 // lines of all pixels go to L2 meanwhile.
-template <class Isa, class T, bool kNear, bool kNeighbours>
+template <class Isa, class T, bool kNear, Entries kEntries>
 ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first) {
   static_assert(kPackPixels % Isa::kLanes == 0);
   constexpr int kLanes = Isa::kLanes, kLine = 64 / sizeof(T);
+  constexpr bool kNeighbours = kEntries == Entries::kNeighbours;
   const int channels = args.channels - first < kLanes ? args.channels - first : kLanes;
   float* values = args.values + first * args.value_pitch;
   uint16_t* lists = args.lists + first * args.list_pitch;
@@ -485,6 +489,11 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
     unroll<kLanes>([&](auto c) ST_LAMBDA {
       if (c >= channels) return;
       uint32_t mask = Isa::nonzero(v[c]);
+      if constexpr (kEntries == Entries::kMasks) {
+        static_assert(kLanes == 16);
+        uint16_t* masks = reinterpret_cast<uint16_t*>(args.masks + static_cast<ptrdiff_t>(first + c) * args.words);
+        masks[p / kLanes] = static_cast<uint16_t>(mask);
+      }
       float* value = values + c * args.value_pitch;
       uint16_t* list = lists + c * args.list_pitch;
       if constexpr (kNeighbours) {
@@ -506,20 +515,30 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
   for (int c = 0; c < channels; ++c) {
     if (kNeighbours) *count++ = static_cast<uint16_t>(neighbours[c] / 2);
     *count++ = static_cast<uint16_t>(counts[c]);
+    if (kEntries == Entries::kMasks) {
+      std::memset(values + c * args.value_pitch + counts[c], 0, 4 * sizeof(float));
+      std::memset(lists + c * args.list_pitch + counts[c], 0, 4 * sizeof(uint16_t));
+    }
     nonzeros += neighbours[c] + counts[c];
   }
   return nonzeros;
 }
 
-template <class Isa, class T>
-int64_t weights_pack_lists(const WeightsPackListsArgs& args) {
-  const auto pack = args.neighbours
-                        ? args.apart ? pack_list_lanes<Isa, T, true, true> : pack_list_lanes<Isa, T, false, true>
-                    : args.apart ? pack_list_lanes<Isa, T, true, false>
-                                 : pack_list_lanes<Isa, T, false, false>;
+template <class Isa, class T, Entries kEntries>
+int64_t pack_lists_as(const WeightsPackListsArgs& args) {
+  const auto pack = args.apart ? pack_list_lanes<Isa, T, true, kEntries> : pack_list_lanes<Isa, T, false, kEntries>;
   int64_t nonzeros = 0;
   for (int first = 0; first < args.channels; first += Isa::kLanes) nonzeros += pack(args, first);
   return nonzeros;
+}
+
+template <class Isa, class T>
+int64_t weights_pack_lists(const WeightsPackListsArgs& args) {
+  if constexpr (Isa::kLanes == 16) {
+    if (args.masks != nullptr) return pack_lists_as<Isa, T, Entries::kMasks>(args);
+  }
+  return args.neighbours ? pack_lists_as<Isa, T, Entries::kNeighbours>(args)
+                         : pack_lists_as<Isa, T, Entries::kPlain>(args);
 }
 
 template <class Isa, int kTogether>

@@ -18,6 +18,7 @@
 #include "handlers.h"
 #include "isa.h"
 #include "plan.h"
+#include "plan_both.h"
 #include "plan_data.h"
 #include "plan_masked.h"
 #include "plan_weights.h"
@@ -29,7 +30,8 @@ using namespace sparsetrain;
 namespace {
 
 // `density` is that of the operand whose zeros are skipped, of lhs where there is a choice. `fmas`, if given: for
-// a machine like this one with so many 512-bit multiply-adds a cycle. `threads` are those of BWW and the masked BWI.
+// a machine like this one with so many 512-bit multiply-adds a cycle. `threads` are those of BWW, the masked BWI and
+// both.
 std::map<std::string, std::string> plan(const std::string& component, const std::vector<int64_t>& dims,
                                         const std::vector<int64_t>& geometry, double density, std::optional<int> fmas,
                                         int threads) {
@@ -74,6 +76,8 @@ std::map<std::string, std::string> plan(const std::string& component, const std:
     description = describe_weights(shape, Densities{density, 1}, plan_machine);
   } else if (component == "bwd_input_masked") {
     description = describe_masked(shape, Densities{density, 1}, plan_machine);
+  } else if (component == "bwd_both") {
+    description = describe_both(shape, Densities{density, 1}, plan_machine);
   } else {
     throw std::invalid_argument("plan: unknown component '" + component + "'");
   }

@@ -115,6 +115,7 @@ void* Scratch::take_bytes(size_t bytes) {
 Scratch::~Scratch() { std::free(base_); }
 
 SharedBuffer::SharedBuffer(size_t bytes) : data_(nullptr), bytes_(bytes) {
+  if (bytes == 0) return;
   FreeList& list = free_list();
   {
     std::lock_guard<std::mutex> lock(list.mutex);
@@ -135,6 +136,7 @@ SharedBuffer::SharedBuffer(size_t bytes) : data_(nullptr), bytes_(bytes) {
 }
 
 SharedBuffer::~SharedBuffer() {
+  if (data_ == nullptr) return;
   FreeList& list = free_list();
   std::vector<FreeList::Block> evicted;  // freed without the lock
   {

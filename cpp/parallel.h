@@ -68,7 +68,7 @@ class Scratch {
 
 // A block shared by the threads of one call (a packed kernel, partial sums), taken from and given back to a small
 // process-wide free list (eight blocks, 256 MiB at most), so that a training step does not map and fault the same pages
-// again at every call.
+// again at every call. None of 0 bytes.
 class SharedBuffer {
  public:
   explicit SharedBuffer(size_t bytes);

@@ -59,6 +59,8 @@ struct MaskedPlan {
   int64_t channel_block;
   int64_t filter_floats;                    // of the packed kernel
   double product_cost, g_cost, dense_cost;  // estimates, in multiply-adds of a vector
+
+  double cost() const { return product ? product_cost : sparse ? g_cost : dense_cost; }
 };
 
 // `mode` is auto or sparse. densities.lhs is that of x. The number of threads changes how work is cut, never a sum.

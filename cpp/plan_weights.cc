@@ -19,6 +19,7 @@ constexpr double kNeighbourDensity = 0.4, kNeighbourDensitySingleFma = 0.13, kMo
 constexpr int kNeighbourTaps = 9;
 constexpr int64_t kNeighbourTapVectors = 96;
 constexpr double kFew = 0.15;           // below: non-zeros are far apart in all that they meet
+constexpr double kWideBoth = 0.35;      // below: one tap of both gradients meets pixels from L2 as well
 constexpr int64_t kFoldChannels = 8;    // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;  // of a class, per chunk, for its sums to be a small part of the work
 
@@ -32,6 +33,9 @@ struct Costs {
   double visit_fma, visit;  // where a visit is a few of them: each, and the visit
   double tile;              // a multiply-add of a tile
   double element;           // of the checked operand: ends of lists, as far as they are not where expected
+  // Of a walk of both gradients: a multiply-add; a sum over lanes; a channel in a block and step; a vector of a kernel
+  // that does not stay in L2; packing with masks a vector of lhs, expanding, transposing and writing its gradient.
+  double walk_both, reduce, channel, filter, both;
 };
 
 Costs costs_of(const PlanMachine& machine) {
@@ -47,6 +51,11 @@ Costs costs_of(const PlanMachine& machine) {
         .visit = 1,
         .tile = 1.1,
         .element = 1,
+        .walk_both = 0.92,
+        .reduce = 4.5,
+        .channel = 10,
+        .filter = 12,
+        .both = 10,
     };
   // Sixteen registers hold too few sums for channels to share loads.
   const double walk = machine.lanes == 8 ? 1.4 : 1.2;
@@ -61,6 +70,11 @@ Costs costs_of(const PlanMachine& machine) {
       .visit = 3.1,
       .tile = 1.12,
       .element = 0,
+      .walk_both = 1.1,
+      .reduce = 5,
+      .channel = 20,
+      .filter = 20,
+      .both = 16,
   };
 }
 
@@ -88,14 +102,20 @@ std::vector<CheckedAxis> g_checked_axis(int64_t size, int64_t out_size, int64_t 
   return {all};
 }
 
+// Whether such walks exist, of both gradients or of BWW alone.
+bool offered(bool both, int rows, int columns, int vectors, const PlanMachine& machine) {
+  return both ? both_offered(rows, columns, vectors, machine.registers)
+              : walk_offered(rows, columns, vectors, machine.registers);
+}
+
 // The widest step for rows x columns taps: wide steps walk the masks less often, but pairs need twice the registers.
-int widest_step(int rows, int columns, int64_t features, const PlanMachine& machine) {
+int widest_step(bool both, int rows, int columns, int64_t features, const PlanMachine& machine) {
   int widest = 1, paired = 0;
   for (int v = 1; v <= 8; v *= 2) {
     if (v > 1 && (v / 2) * machine.lanes >= features) break;
-    if (!walk_offered(rows, columns, v, machine.registers)) continue;
+    if (!offered(both, rows, columns, v, machine)) continue;
     widest = v;
-    if (walk_together(2, rows * columns * v, machine.registers)) paired = v;
+    if (!both && walk_together(2, rows * columns * v, machine.registers)) paired = v;
   }
   return paired * rows * columns >= 6 ? paired : widest;
 }
@@ -105,7 +125,7 @@ void add_group(const TapAxis& rows, const TapAxis& columns, int vectors, std::ve
   groups.push_back({rows, columns, vectors, place});
 }
 
-void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double density, int64_t features,
+void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, bool both, double density, int64_t features,
                 const PlanMachine& machine, std::vector<TapGroup>& groups) {
   const int lanes = machine.lanes;
   if (!sparse) {  // tiles take any taps
@@ -118,14 +138,15 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
       columns.taps <= max_columns && columns.taps != 6 ? 1 : static_cast<int>(ceil_div(columns.taps, 5));
   for (const TapAxis& part : cut(columns, column_pieces)) {
     int max_rows = kMaxTapRows;
-    while (!walk_offered(max_rows, part.taps, 1, machine.registers)) --max_rows;
+    while (!offered(both, max_rows, part.taps, 1, machine)) --max_rows;
     for (const TapAxis& row_part : cut(rows, static_cast<int>(ceil_div(rows.taps, max_rows)))) {
       const int taps = row_part.taps * part.taps;
-      int vectors = widest_step(row_part.taps, part.taps, features, machine);
+      int vectors = widest_step(both, row_part.taps, part.taps, features, machine);
       // Few non-zeros: packing them is cheap, and steps of half the features have room for twice the positions in L1,
       // so that sums move half as often. Single ones of eight vectors are left to masks. Fitted where there is one
       // multiply-add a cycle.
-      if (density < kFew && taps == 1 && machine.single_fma() && vectors == 8 && features >= 16 * lanes) vectors = 4;
+      if (!both && density < kFew && taps == 1 && machine.single_fma() && vectors == 8 && features >= 16 * lanes)
+        vectors = 4;
       add_group(row_part, part, vectors, groups);
     }
   }
@@ -133,6 +154,10 @@ void add_groups(const TapAxis& rows, const TapAxis& columns, bool sparse, double
 
 // What walks of a class read, and how many channels they take together.
 void choose_lists(const WeightsPlan& plan, double density, const PlanMachine& machine, PixelClass& cls) {
+  if (plan.both) {
+    cls.lists = WeightsLists::kPacked;
+    return;
+  }
   // Cuts of channels are coarser for three, and few channels need none only where pixels are cut instead.
   const bool many_pixels = plan.shape.n * plan.shape.h * plan.shape.w >= 8 * kChunkPixels;
   bool twos = false, threes = plan.channels >= (many_pixels ? 4 : 12) * plan.lanes;
@@ -200,11 +225,12 @@ void block_pixels(const WeightsPlan& plan, double density, const PlanMachine& ma
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
   // of it, where a few taps leave little to do between the moves of sums, or non-zeros are few and touch it less. Tiles
   // with several taps sweep it in order, from L2 as well, and gain from small halos and sums that stay in registers for
-  // longer.
-  const bool few = halo_rows > 0 && density < kFew, high = halo_rows > 2 || (taps > 1 && taps <= 4);
+  // longer. Lists of both gradients must not be short: of wide steps twice L1.
+  const bool few = halo_rows > 0 && (density < kFew || plan.both), high = halo_rows > 2 || (taps > 1 && taps <= 4);
   const TapGroup& first = cls.groups.front();
   const bool all = halo_rows == 0 && cls.lists == WeightsLists::kPacked && first.columns.taps == 1;
-  const int64_t tenths = !plan.sparse ? 7 : few ? 11 : all ? 10 : high ? 9 : 7;
+  const bool wide = plan.both && all && first.vectors == 8 && density < kWideBoth;
+  const int64_t tenths = !plan.sparse ? 7 : wide ? 20 : few ? 11 : all ? 10 : high ? 9 : 7;
   const int64_t share =
       !plan.sparse && halo_rows > 0 ? machine.caches.l2_bytes / 8 : machine.caches.l1_bytes * tenths / 10;
   const int64_t budget = std::max<int64_t>(64, share / bytes);
@@ -246,18 +272,19 @@ PixelClass inner_of(const PixelClass& whole, const Part& rows, const Part& colum
 
 // The pixels rows x columns of a class with the taps that any of them meets, or a few more. No groups if there are
 // none.
-PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& columns, const PlanMachine& machine) {
+PixelClass border_of(bool both, const PixelClass& whole, const Part& rows, const Part& columns,
+                     const PlanMachine& machine) {
   PixelClass border{};
   border.lists = whole.lists;
   border.together = whole.together;
   border.rows = rows.of(whole.rows);
   border.columns = columns.of(whole.columns);
   for (const TapGroup& group : whole.groups) {
-    const auto offered = [&](int tap_rows, int tap_columns) {
-      return walk_lists(tap_rows * tap_columns) &&
-             walk_offered(tap_rows, tap_columns, group.vectors, machine.registers);
+    const auto walked = [&](int tap_rows, int tap_columns) {
+      return (both || walk_lists(tap_rows * tap_columns)) &&
+             offered(both, tap_rows, tap_columns, group.vectors, machine);
     };
-    const TapRectangle taps = taps_met(rows, columns, group.rows, group.columns, offered);
+    const TapRectangle taps = taps_met(rows, columns, group.rows, group.columns, walked);
     if (taps.empty()) continue;
     TapGroup met = group;
     met.rows = rows.of(group.rows, taps.top, taps.bottom);
@@ -271,7 +298,8 @@ PixelClass border_of(const PixelClass& whole, const Part& rows, const Part& colu
 // What walking a class costs, in multiply-adds for a vector of features. Fitted to classes with and without borders;
 // why lists of single columns cost more is not known.
 double walk_cost(const WeightsPlan& plan, double density, const PlanMachine& machine, const PixelClass& cls) {
-  constexpr double kMove = 2, kList = 40, kColumn = 100;  // a sum in and out; a list, of single columns
+  constexpr double kList = 40, kColumn = 100;                        // a list, of single columns
+  const double moves = plan.both ? 3 : 2, uses = plan.both ? 2 : 1;  // a sum in and out, a filter; of a vector of g
   const double copy = costs_of(machine).copy;
   const double channels = static_cast<double>(plan.channels);
   double cost = 0;
@@ -279,10 +307,10 @@ double walk_cost(const WeightsPlan& plan, double density, const PlanMachine& mac
     const double pixels = static_cast<double>(plan.shape.n * part.rows.count * part.columns.count);
     for (const TapGroup& group : part.groups) {
       const int taps = group.rows.taps * group.columns.taps;
-      cost += pixels * channels * density * taps;
+      cost += uses * pixels * channels * density * taps;
       const double list = (part.columns.count == 1 ? kColumn : kList) / group.vectors;
       cost += static_cast<double>(part.block_count()) *
-              (channels * (kMove * taps + list) + copy * static_cast<double>(part.positions));
+              (channels * (moves * taps + list) + copy * static_cast<double>(part.positions));
     }
   });
   return cost;
@@ -291,16 +319,18 @@ double walk_cost(const WeightsPlan& plan, double density, const PlanMachine& mac
 // Cuts borders off a class whose walks gain by it.
 void cut_borders(const WeightsPlan& plan, double density, const PlanMachine& machine, PixelClass& cls) {
   for (const TapGroup& group : cls.groups) {
-    if (!walk_lists(group.rows.taps * group.columns.taps)) return;
+    if (!plan.both && !walk_lists(group.rows.taps * group.columns.taps)) return;
   }
   PixelClass best = cls;
   for_cuts(cls.rows, cls.columns, cls.groups, [&](const Part& rows, const Part& columns) {
     PixelClass inner = inner_of(cls, rows, columns);
+    bool lonely = false;  // a border meets no tap
     const auto add = [&](const Part& border_rows, const Part& border_columns) {
-      const PixelClass border = border_of(cls, border_rows, border_columns, machine);
-      if (!border.groups.empty()) inner.borders.push_back(border);
+      const PixelClass border = border_of(plan.both, cls, border_rows, border_columns, machine);
+      border.groups.empty() ? void(lonely = true) : inner.borders.push_back(border);
     };
     for_borders(cls.rows.count, cls.columns.count, rows, columns, add);
+    if (lonely && plan.both) return;  // its gradients, zeros, must be written too
     block_pixels(plan, density, machine, inner);
     for (PixelClass& border : inner.borders) block_pixels(plan, density, machine, border);
     if (walk_cost(plan, density, machine, inner) < 0.99 * walk_cost(plan, density, machine, best)) best = inner;
@@ -341,7 +371,11 @@ Estimate estimate(const WeightsPlan& plan, double density, const PlanMachine& ma
     for (const TapGroup& group : cls.groups) {
       const int64_t taps = group.rows.taps * group.columns.taps, vectors = ceil_div(plan.features, plan.lanes);
       const double tap_vectors = static_cast<double>(taps * vectors);
-      if (plan.sparse) {
+      if (plan.both) {
+        const double steps = static_cast<double>(ceil_div(vectors, group.vectors)) * static_cast<double>(plan.channels);
+        cost.multiply += pixels * density * (2 * costs.walk_both * tap_vectors * plan.channels + costs.reduce * steps) +
+                         costs.channel * steps * static_cast<double>(cls.block_count());
+      } else if (plan.sparse) {
         const double walk = std::max(walk_lists(static_cast<int>(taps)) ? costs.walk : costs.mask_walk,
                                      costs.visit_fma + costs.visit / static_cast<double>(taps * group.vectors));
         cost.multiply +=
@@ -356,22 +390,29 @@ Estimate estimate(const WeightsPlan& plan, double density, const PlanMachine& ma
       cost.copy += pixels * vectors * costs.copy;
     }
     if (plan.sparse) {
-      cost.pack += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * costs.pack;
+      const double pack = costs.pack + (plan.both ? costs.both : 0);
+      cost.pack += pixels * static_cast<double>(ceil_div(plan.channels, plan.lanes)) * pack;
       // Lists of all positions or of none end where expected.
       const double unexpected = std::min(1 - density, 8 * density);
       cost.multiply += pixels * static_cast<double>(plan.channels) * unexpected * costs.element;
     }
   };
   for (const PixelClass& cls : plan.classes) cls.for_parts(add);
+  const int64_t rhs = plan.shape.rhs_size();
+  if (plan.both && 4 * rhs > machine.caches.l2_bytes / 2) {
+    const double places = 1 + 0.12 * static_cast<double>(plan.shape.r * plan.shape.s);  // its lines come from
+    cost.multiply += costs.filter * places * static_cast<double>(rhs) / plan.lanes;
+  }
   return cost;
 }
 
-WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, double density,
+WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, bool both, double density,
                       const PlanMachine& machine) {
   WeightsPlan plan{};
   plan.shape = shape;
   plan.lhs_checked = lhs_checked;
   plan.sparse = sparse;
+  plan.both = both;
   plan.lanes = machine.lanes;
   plan.channels = lhs_checked ? shape.c : shape.k;
   plan.features = lhs_checked ? shape.k : shape.c;
@@ -386,7 +427,7 @@ WeightsPlan plan_path(const ConvShape& shape, bool lhs_checked, bool sparse, dou
       cls.columns = column.pixels;
       for (const TapAxis& row_taps : row.taps) {
         for (const TapAxis& column_taps : column.taps) {
-          add_groups(row_taps, column_taps, sparse, density, plan.features, machine, cls.groups);
+          add_groups(row_taps, column_taps, sparse, both, density, plan.features, machine, cls.groups);
         }
       }
       if (sparse) choose_lists(plan, density, machine, cls);
@@ -442,11 +483,13 @@ void cut_items(const PlanMachine& machine, const Estimate& cost, WeightsPlan& pl
   // because the order of their sums depends on it.
   const int64_t unit = !plan.sparse ? 24 : threes ? 3 * plan.lanes : plan.lanes;
   const int64_t width = widest * plan.lanes;
-  const int64_t most_channels = std::max(unit, machine.caches.l2_bytes / 3 / (4 * positions) / unit * unit);
-  plan.channel_block = round_up(balanced(plan.channels, most_channels), unit);
   const int64_t panel = machine.caches.l2_bytes * 4;
   plan.feature_block = round_up(plan.features, width);
-  if (blocks > 1 || borders || !plan.lhs_checked) {  // else the first block's sums go straight to drhs
+  int64_t most_channels = machine.caches.l2_bytes / 3 / (4 * positions);
+  if (plan.both) most_channels = std::min(most_channels, panel / (4 * taps * plan.feature_block));
+  plan.channel_block = round_up(balanced(plan.channels, std::max(unit, most_channels / unit * unit)), unit);
+  // The gradient of lhs adds up over all features. Else, with one block, its sums go straight to drhs.
+  if (!plan.both && (blocks > 1 || borders || !plan.lhs_checked)) {
     const int64_t most =
         std::max(width, panel / (4 * taps * std::min(plan.channel_block, plan.channels)) / width * width);
     plan.feature_block = round_up(balanced(plan.features, most), width);
@@ -471,7 +514,7 @@ void cut_items(const PlanMachine& machine, const Estimate& cost, WeightsPlan& pl
     if (ceil_div(plan.channels, channel_block) < c) continue;  // the same block as before
     for (int64_t f = feature_pieces; c * f <= most_items; ++f) {
       const Cut cut = {channel_block, round_up(ceil_div(plan.features, f), width)};
-      if (cut.feature_block < narrowest) break;
+      if (cut.feature_block < narrowest || (plan.both && f > 1)) break;
       if (ceil_div(plan.features, cut.feature_block) < f) continue;
       const double time = makespan(plan, cut, cost, machine.threads);
       if (time < 0.99 * least) best = cut, least = time;
@@ -502,8 +545,8 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   }
   Estimate cost[2];
   const auto cheaper = [&](bool sparse) {
-    const WeightsPlan lhs = plan_path(shape, true, sparse, densities.lhs, machine);
-    const WeightsPlan g = plan_path(shape, false, sparse, densities.g, machine);
+    const WeightsPlan lhs = plan_path(shape, true, sparse, false, densities.lhs, machine);
+    const WeightsPlan g = plan_path(shape, false, sparse, false, densities.g, machine);
     const Estimate lhs_cost = estimate(lhs, densities.lhs, machine), g_cost = estimate(g, densities.g, machine);
     const bool lhs_checked = lhs_cost.total() <= g_cost.total();
     cost[sparse] = lhs_checked ? lhs_cost : g_cost;
@@ -520,10 +563,26 @@ WeightsPlan plan_weights(const ConvShape& given, Mode mode, const Densities& den
   return best;
 }
 
-Description describe_weights(const ConvShape& shape, const Densities& densities, const PlanMachine& machine) {
-  const WeightsPlan plan = plan_weights(shape, Mode::kAuto, densities, machine);
+WeightsPlan plan_both_walks(const ConvShape& given, const Densities& densities, const PlanMachine& machine) {
+  const ConvShape shape = given.flattened();
+  WeightsPlan none{};
+  none.shape = shape;
+  if (!both_offered(1, 1, 1, machine.registers) || shape.c < machine.lanes) return none;
+  WeightsPlan plan = plan_path(shape, true, true, true, densities.lhs, machine);
+  int64_t pixels = 0;
+  for (const PixelClass& cls : plan.classes) {
+    cls.for_parts([&pixels](const PixelClass& part) { pixels += part.rows.count * part.columns.count; });
+  }
+  if (pixels != shape.h * shape.w) return none;
+  const Estimate cost = estimate(plan, densities.lhs, machine);
+  plan.sparse_cost = cost.total();
+  plan.serial = too_small_for_threads(plan.sparse_cost, ceil_div(shape.rhs_size(), plan.lanes));
+  cut_items(machine, cost, plan);
+  return plan;
+}
+
+Description describe_blocking(const WeightsPlan& plan) {
   Description out;
-  out.add("path", plan.sparse ? "sparse" : "dense");
   out.add("checked", plan.lhs_checked ? "lhs" : "g");
   out.add("folded_columns", plan.fold.taps);
   out.add("channel_block", plan.channel_block);
@@ -545,6 +604,13 @@ Description describe_weights(const ConvShape& shape, const Densities& densities,
               std::to_string(group.vectors * plan.lanes);
   }
   out.add("tap_groups", groups);
+  return out;
+}
+
+Description describe_weights(const ConvShape& shape, const Densities& densities, const PlanMachine& machine) {
+  const WeightsPlan plan = plan_weights(shape, Mode::kAuto, densities, machine);
+  Description out = describe_blocking(plan);
+  out.add("path", plan.sparse ? "sparse" : "dense");
   // Of the checked operand.
   out.add("break_even_density", break_even([&](double d) {
             const Densities tried = plan.lhs_checked ? Densities{d, 1} : Densities{1, d};

@@ -19,10 +19,14 @@
 //   pixel block    images x rows x columns of a class: packed once per item; sums wait in a panel between blocks
 //   group, step    taps x vectors of features in registers: the dense block of a step stays in L1
 //
+// Walks of both gradients (kernels_both.h) go the same way. Their items have all features, because the gradient of lhs
+// is a sum over these, and its values wait beside the packed block.
+//
 // Scratch: per thread a panel of at most 4 L2 (it streams), a packed block of about a third of L2 with lists of
 // positions half as large (room for twice and one and a half times that where neighbours are apart, no more of it
-// used), and a dense block of about L1; per call the sums of all chunks, at most 4 L2. (A kernel or image row that is
-// itself larger than these may exceed them.)
+// used), and a dense block of about L1; per call the sums of all chunks, at most 4 L2. For both gradients, values of
+// another third of L2, and per call the packed kernel. (A kernel or image row that is itself larger than these may
+// exceed them.)
 #pragma once
 
 #include <cstdint>
@@ -77,6 +81,7 @@ struct WeightsPlan {
   Fold fold;
   bool lhs_checked;
   bool sparse;  // walks; else tiles
+  bool both;    // walks make the masked gradient of lhs as well
   bool take;    // packed values come out of a register
   bool serial;  // too small for threads
   int lanes;
@@ -86,6 +91,7 @@ struct WeightsPlan {
   int64_t chunks;                  // of the pixel blocks of each class, summed in order at the end
   double sparse_cost, dense_cost;  // estimates that led to `sparse`, in multiply-adds of a vector
 
+  double cost() const { return sparse ? sparse_cost : dense_cost; }
   int64_t channel_blocks() const { return ceil_div(channels, channel_block); }
   int64_t feature_blocks() const { return ceil_div(features, feature_block); }
   int64_t items() const { return chunks * channel_blocks() * feature_blocks(); }
@@ -93,8 +99,15 @@ struct WeightsPlan {
 
 WeightsPlan plan_weights(const ConvShape& shape, Mode mode, const Densities& densities, const PlanMachine& machine);
 
+// The plan of walks over lhs that make both gradients, `sparse_cost` that of both; `both` is false where there are
+// none: the machine has no such walks, some pixels of lhs meet no tap, or channels are too few to fill a vector.
+WeightsPlan plan_both_walks(const ConvShape& shape, const Densities& densities, const PlanMachine& machine);
+
 // The vectors of the step that begins with `left` features to go, at most `vectors`: few lanes idle, few steps.
 int step_vectors(int64_t left, int vectors, int lanes);
+
+// What plans of BWW and of walks of both gradients have.
+Description describe_blocking(const WeightsPlan& plan);
 
 // What plan_weights would do in mode auto.
 Description describe_weights(const ConvShape& shape, const Densities& densities, const PlanMachine& machine);

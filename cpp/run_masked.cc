@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "plan_masked.h"
 #include "run_data.h"
+#include "run_masked.h"
 #include "zeros.h"
 
 namespace sparsetrain {
@@ -328,6 +329,26 @@ class MaskedRun {
 
 }  // namespace
 
+void run_masked(const MaskedPlan& plan, const Kernels& kernels, const ConvShape& shape, Mode mode,
+                const Densities& densities, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
+                Executor& executor) {
+  count(plan.sparse ? "conv_bwd_input_masked/sparse" : "conv_bwd_input_masked/dense");
+  if (!plan.product) {
+    // In auto it may still skip, tile by tile. Dense sweeps zero as they write, where walks pass over their sums again:
+    // a large result should leave something to skip for that.
+    constexpr double kFull = 0.97;
+    const bool large = 4 * shape.lhs_size() > machine().l3_bytes / 4;
+    const bool full = mode == Mode::kAuto && large && densities.g > kFull;
+    conv_bwd_input_where(kernels, shape, full ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
+    return;
+  }
+  SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
+  Executor& threads = helpers_unless(plan.serial, executor);
+  const MaskedRun run(plan, kernels, threads.concurrency(), g, rhs, x, dlhs, filter.as<float>());
+  run_phases(threads, {{run.packs(), [&run](int64_t index) { run.pack(index); }},
+                       {run.items(), [&run](int64_t index) { run.run(index); }}});
+}
+
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
                            Tensor dlhs, Executor& executor) {
   const Kernels& k = kernels();  // once: another may be set meanwhile
@@ -345,21 +366,7 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
   }
   const MaskedPlan plan =
       plan_masked(shape, mode, densities, {machine(), k.lanes, k.registers, executor.concurrency()});
-  count(plan.sparse ? "conv_bwd_input_masked/sparse" : "conv_bwd_input_masked/dense");
-  if (!plan.product) {
-    // In auto it may still skip, tile by tile. Dense sweeps zero as they write, where walks pass over their sums again:
-    // a large result should leave something to skip for that.
-    constexpr double kFull = 0.97;
-    const bool large = 4 * shape.lhs_size() > machine().l3_bytes / 4;
-    const bool full = mode == Mode::kAuto && large && densities.g > kFull;
-    conv_bwd_input_where(k, shape, full ? Mode::kDense : mode, densities.g, g, rhs, x, dlhs, executor);
-    return;
-  }
-  SharedBuffer filter((plan.filter_floats + 16) * sizeof(float));
-  Executor& threads = helpers_unless(plan.serial, executor);
-  const MaskedRun run(plan, k, threads.concurrency(), g, rhs, x, dlhs, filter.as<float>());
-  run_phases(threads, {{run.packs(), [&run](int64_t index) { run.pack(index); }},
-                       {run.items(), [&run](int64_t index) { run.run(index); }}});
+  run_masked(plan, k, shape, mode, densities, g, rhs, x, dlhs, executor);
 }
 
 }  // namespace sparsetrain

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "plan_weights.h"
+#include "run_weights.h"
 #include "zeros.h"
 
 namespace sparsetrain {
@@ -41,6 +42,9 @@ Item item_of(const WeightsPlan& plan, int64_t index) {
   return item;
 }
 
+// Whole tiles, for every choice of vectors.
+int64_t panel_channels(const WeightsPlan& plan) { return round_up(plan.channel_block, 24); }
+
 // Calls f(step's first feature, features, vectors, offset of its sums in the panel) for each step of a group, or of one
 // whose sums lie among that one's. `offset` runs on from group to group.
 template <class F>
@@ -49,7 +53,7 @@ void for_steps(const WeightsPlan& plan, const TapGroup& group, const Item& item,
     const int vectors = step_vectors(item.features - first, group.vectors, plan.lanes);
     const int64_t width = vectors * plan.lanes, features = std::min(width, item.features - first);
     f(first, static_cast<int>(features), vectors, offset);
-    offset += round_up(plan.channel_block, 24) * group.place.taps * width;
+    offset += panel_channels(plan) * group.place.taps * width;
     first += features;
   }
 }
@@ -124,22 +128,77 @@ struct ItemScratch {
   const uint16_t* positions;  // 0, 1, 2, ...
   float* copy;                // a step's block of the dense operand
   float* panel;
+  // Of walks of both gradients: where the pixels of a block lie in dlhs, and the sums of their non-zeros.
+  void** pixels;
+  float* sums;
 };
 
 class WeightsRun {
  public:
-  WeightsRun(const WeightsPlan& plan, const Kernels& kernels, ConstTensor lhs, ConstTensor g, Tensor drhs)
+  // `input`: if plan.both, else null; `filters` then has room for filter_floats(plan).
+  WeightsRun(const WeightsPlan& plan, const Kernels& kernels, ConstTensor lhs, ConstTensor g, Tensor drhs,
+             const InputGradient* input, float* filters)
       : plan_(plan),
         kernels_(kernels),
         table_(kernels.weights),
         drhs_(drhs),
+        input_(input),
+        filters_(filters),
         dtype_(index_of(lhs.dtype)),
         size_(lhs.size()) {
     const ConvShape& s = plan.shape;
     const Image lhs_image = {lhs, s.h, s.w, s.c, plan.fold}, g_image = {g, s.oh, s.ow, s.k, {}};
     checked_ = plan.lhs_checked ? lhs_image : g_image;
     dense_ = plan.lhs_checked ? g_image : lhs_image;
+    if (input != nullptr) {
+      // Vectors of narrow values are half lines, which would leave the write-combining buffers one by one.
+      stream_ = s.c % plan.lanes == 0 && 4 * s.lhs_size() > machine().l3_bytes / 4 &&
+                input->dlhs.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(input->dlhs.data) % 64 == 0;
+    }
     size_scratch();
+  }
+
+  // Of the packed filters of walks of both gradients.
+  static int64_t filter_floats(const WeightsPlan& plan) {
+    int64_t floats = 0;
+    for (const PixelClass& cls : plan.classes) floats += filter_floats(plan, panel_floats(plan, cls, item_of(plan, 0)));
+    return floats;
+  }
+
+  int64_t packs() const {
+    int64_t groups = 0;
+    for (const PixelClass& cls : plan_.classes) groups += static_cast<int64_t>(cls.groups.size());
+    return groups * ceil_div(plan_.channels, kPackChannels);
+  }
+
+  // Copies the filters of all steps of a group, for some channels, to the order in which walks of both gradients read
+  // them, that of the sums: the kernel is read line by line.
+  void pack_filters(int64_t index) const {
+    const ConvShape& s = plan_.shape;
+    const int64_t pieces = ceil_div(s.c, kPackChannels), piece = index % pieces;
+    const Item item = item_of(plan_, 0);
+    float* filters = filters_;
+    const PixelClass* cls = plan_.classes.data();
+    size_t number = static_cast<size_t>(index / pieces);
+    for (; number >= cls->groups.size(); ++cls) {
+      filters += filter_floats(plan_, panel_floats(plan_, *cls, item));
+      number -= cls->groups.size();
+    }
+    const TapGroup& group = cls->groups[number];
+    const int taps = group.place.taps;
+    for (int tap = 0; tap < taps; ++tap) {
+      const int64_t r = group.rows.tap + tap / group.columns.taps * group.rows.tap_step;
+      const int64_t q = group.columns.tap + tap % group.columns.taps * group.columns.tap_step;
+      for (int64_t c = piece * kPackChannels; c < std::min(s.c, (piece + 1) * kPackChannels); ++c) {
+        int64_t offset = panel_floats(plan_, *cls, item, number);
+        for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
+          const int64_t width = vectors * plan_.lanes;
+          float* to = filters + filter_floats(plan_, sums) + (c * taps + tap) * width;
+          kernels_.data.widen[dtype_](input_->rhs.at(((r * s.s + q) * s.c + c) * s.k + first), to, features);
+          std::fill(to + features, to + width, 0.0f);
+        });
+      }
+    }
   }
 
   int64_t items() const { return plan_.items(); }
@@ -151,11 +210,14 @@ class WeightsRun {
     const Item item = item_of(plan_, index);
     ItemScratch scratch = take_scratch();
     int64_t base = index % (items() / plan_.chunks) * item_floats_ + item.chunk * chunk_floats();
+    const float* filters = filters_;
     for (const PixelClass& cls : plan_.classes) {
       if (chunk_panels != nullptr) scratch.panel = chunk_panels + base;
-      run_class(cls, item, scratch);
+      run_class(cls, item, filters, scratch);
       if (chunk_panels == nullptr && !direct()) store(cls, item, scratch.panel, 0, item.channels);
-      base += panel_floats(plan_, cls, item_of(plan_, 0));
+      const int64_t floats = panel_floats(plan_, cls, item_of(plan_, 0));
+      base += floats;
+      filters += filter_floats(plan_, floats);
     }
   }
 
@@ -182,6 +244,12 @@ class WeightsRun {
 
  private:
   static constexpr int64_t kSliceChannels = 32;
+  static constexpr int64_t kPackChannels = 16;  // of the kernel, packed at a time
+
+  // What floats of a panel, for all channels, are among the filters.
+  static int64_t filter_floats(const WeightsPlan& plan, int64_t floats) {
+    return floats / panel_channels(plan) * plan.channels;
+  }
   int64_t slices() const { return ceil_div(plan_.channel_block, kSliceChannels); }
   int64_t chunk_floats() const { return items() / plan_.chunks * item_floats_; }
 
@@ -232,7 +300,8 @@ class WeightsRun {
   }
 
   ItemScratch take_scratch() const {
-    const int64_t lines = round_up(plan_.channel_block, 24) + 64, words = positions_ / 64 + 1;
+    const int64_t lines = panel_channels(plan_) + 64, words = positions_ / 64 + 1;
+    const int64_t pixels = plan_.both ? positions_ : 0, sums = plan_.both ? lines * line() : 0;
     const int64_t values = lines * line(), zeros = std::max(plan_.channels, plan_.features) + 64;
     Scratch& scratch = Scratch::local();
     scratch.begin(2 * Scratch::size<void*>(positions_) + 2 * Scratch::size<void*>(dense_positions_) +
@@ -240,7 +309,8 @@ class WeightsRun {
                   2 * Scratch::size<uint16_t>(positions_) + Scratch::size<float>(zeros) + Scratch::size<float>(values) +
                   Scratch::size<uint64_t>(lines * words) + Scratch::size<uint16_t>(lines * list_pitch()) +
                   Scratch::size<uint16_t>(3 * lines) + Scratch::size<uint16_t>(positions_) +
-                  Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_));
+                  Scratch::size<float>(copy_floats_) + Scratch::size<float>(panel_floats_) +
+                  Scratch::size<void*>(pixels) + Scratch::size<float>(sums));
     ItemScratch s;
     for (PixelTable& table : s.checked) {
       table = {scratch.take<const void*>(positions_), 0, scratch.take<char>(checked_windows_),
@@ -259,9 +329,13 @@ class WeightsRun {
     s.positions = positions;
     s.copy = scratch.take<float>(copy_floats_);
     s.panel = scratch.take<float>(panel_floats_);
+    s.pixels = scratch.take<void*>(pixels);
+    s.sums = scratch.take<float>(sums);
     std::memset(s.zeros, 0, zeros * sizeof(float));
     return s;
   }
+
+  static int words_of(const PixelTable& table) { return static_cast<int>(ceil_div(table.count, 64)); }
 
   // A block of a class or of one of its borders.
   struct Place {
@@ -288,7 +362,8 @@ class WeightsRun {
     return places;
   }
 
-  void run_class(const PixelClass& cls, const Item& item, ItemScratch& scratch) const {
+  // `filters`: of the class, of all channels.
+  void run_class(const PixelClass& cls, const Item& item, const float* filters, ItemScratch& scratch) const {
     const std::vector<Place> blocks = places(cls, item);
     // The first block starts all sums, unless it is one of a border's. A chunk may have none.
     const bool starts = !blocks.empty() && blocks.front().part == &cls;
@@ -308,6 +383,7 @@ class WeightsRun {
       scratch.checked[1].count = 0;
       if (!last) point_at_checked(*next_block.part, next_block.index, item, scratch, scratch.checked[1]);
       if (!any && !first_block && !(direct() && last)) {  // nothing to add, nothing to start or to store
+        if (plan_.both) store_input(block, item, scratch);
         if (!last) point_at_first(next_block, scratch.dense[0]);
         std::swap(scratch.checked[0], scratch.checked[1]);
         continue;
@@ -361,7 +437,10 @@ class WeightsRun {
                                .offset = 0,
                                .lines = lines_of(item.channels * size_, checked_.channels * size_)},
           };
-          if (plan_.sparse) {
+          if (plan_.both) {
+            const int64_t place = item.channel * group.place.taps + group.place.first;
+            walk_both(now, filters + filter_floats(plan_, sums) + place * width, i == 0 && first == 0, scratch);
+          } else if (plan_.sparse) {
             walk(now, scratch);
           } else {
             tile(now, grouped != vectors, scratch);
@@ -370,6 +449,7 @@ class WeightsRun {
         });
         std::swap(scratch.dense[0], scratch.dense[1]);
       }
+      if (plan_.both) store_input(block, item, scratch);
       std::swap(scratch.checked[0], scratch.checked[1]);
     }
   }
@@ -385,25 +465,55 @@ class WeightsRun {
     WeightsPrefetch next_dense, next_checked;
   };
 
+  WeightsWalkArgs walk_args(const Step& step, const ItemScratch& scratch) const {
+    return {.values = scratch.values,
+            .value_pitch = line(),
+            .masks = scratch.masks,
+            .words = words_of(scratch.checked[0]),
+            .lists = scratch.lists,
+            .list_pitch = list_pitch(),
+            .counts = scratch.counts,
+            .kind = step.part.lists,
+            .other_values = other_values(),
+            .other_list = other_list(),
+            .take = plan_.take,
+            .channels = step.channels,
+            .together = step.part.together,
+            .dense = step.dense,
+            .tap_row = step.part.pitch,
+            .panel = step.panel,
+            .next = {step.next_dense, step.next_checked}};
+  }
+
   void walk(const Step& step, const ItemScratch& scratch) const {
-    table_.walk[step.group.rows.taps][step.group.columns.taps][log2_of(step.vectors)](
-        {.values = scratch.values,
-         .value_pitch = line(),
-         .masks = scratch.masks,
-         .words = static_cast<int>(ceil_div(scratch.checked[0].count, 64)),
-         .lists = scratch.lists,
-         .list_pitch = list_pitch(),
-         .counts = scratch.counts,
-         .kind = step.part.lists,
-         .other_values = other_values(),
-         .other_list = other_list(),
-         .take = plan_.take,
-         .channels = step.channels,
-         .together = step.part.together,
-         .dense = step.dense,
-         .tap_row = step.part.pitch,
-         .panel = step.panel,
-         .next = {step.next_dense, step.next_checked}});
+    const TapGroup& group = step.group;
+    table_.walk[group.rows.taps][group.columns.taps][log2_of(step.vectors)](walk_args(step, scratch));
+  }
+
+  // `first`: of the steps that the block meets.
+  void walk_both(const Step& step, const float* filter, bool first, const ItemScratch& scratch) const {
+    const TapGroup& group = step.group;
+    kernels_.both.walk[group.rows.taps][group.columns.taps][log2_of(step.vectors)](
+        {.walk = walk_args(step, scratch), .filter = filter, .sums = scratch.sums, .first = first});
+  }
+
+  // Writes the gradient of lhs of a block.
+  void store_input(const Block& block, const Item& item, const ItemScratch& scratch) const {
+    const PixelTable& table = scratch.checked[0];
+    const int slots = static_cast<int>(block.images * block.rows * block.columns);
+    const char* lhs = static_cast<const char*>(checked_.values.data);
+    for (int i = 0; i < slots; ++i) {
+      scratch.pixels[i] = input_->dlhs.at((static_cast<const char*>(table.pixels[i]) - lhs) / size_);
+    }
+    kernels_.masked.store[index_of(input_->dlhs.dtype)]({.masks = scratch.masks,
+                                                         .words = words_of(table),
+                                                         .channels = static_cast<int>(item.channels),
+                                                         .values = scratch.sums,
+                                                         .capacity = static_cast<int>(line()),
+                                                         .pixels = scratch.pixels,
+                                                         .slots = slots,
+                                                         .stream = stream_,
+                                                         .taken = scratch.counts});
   }
 
   // `groups`: the checked pixels have not been grouped for steps as wide as this one.
@@ -497,7 +607,7 @@ class WeightsRun {
   // Packs a block for walks. Returns the number of non-zeros.
   int64_t pack(const PixelClass& part, const Item& item, const ItemScratch& scratch) const {
     const PixelTable& table = scratch.checked[0];
-    const int channels = static_cast<int>(item.channels), words = static_cast<int>(ceil_div(table.count, 64));
+    const int channels = static_cast<int>(item.channels), words = words_of(table);
     if (packed(part)) {
       return table_.pack_lists[dtype_]({.pixels = table.pixels,
                                         .positions = table.positions,
@@ -511,7 +621,9 @@ class WeightsRun {
                                         .other_values = other_values(),
                                         .other_list = other_list(),
                                         .counts = scratch.counts,
-                                        .apart = lines_apart()});
+                                        .apart = lines_apart(),
+                                        .masks = plan_.both ? scratch.masks : nullptr,
+                                        .words = words});
     }
     const int64_t nonzeros = table_.pack[dtype_]({.pixels = table.pixels,
                                                   .positions = 64 * words,
@@ -597,14 +709,33 @@ class WeightsRun {
   const WeightsKernels& table_;
   Image checked_, dense_;
   Tensor drhs_;
-  int dtype_;     // of the operands, for tables of kernels
-  int64_t size_;  // of one of their elements
+  const InputGradient* input_;
+  float* filters_;
+  bool stream_ = false;  // dlhs by-passes the caches
+  int dtype_;            // of the operands, for tables of kernels
+  int64_t size_;         // of one of their elements
   bool neighbours_ = false;
   int64_t positions_ = 0, dense_positions_ = 0, checked_windows_ = 0, dense_windows_ = 0, copy_floats_ = 0,
           panel_floats_ = 0, item_floats_ = 0;
 };
 
 }  // namespace
+
+void run_weights(const WeightsPlan& plan, const Kernels& kernels, ConstTensor lhs, ConstTensor g, Tensor drhs,
+                 const InputGradient* input, Executor& executor) {
+  count(plan.sparse ? "conv_bwd_weights/sparse" : "conv_bwd_weights/dense");
+  SharedBuffer filters(plan.both ? (WeightsRun::filter_floats(plan) + 16) * sizeof(float) : 0);
+  const WeightsRun run(plan, kernels, lhs, g, drhs, input, filters.as<float>());
+  std::vector<Phase> phases;
+  if (plan.both) phases.push_back({run.packs(), [&run](int64_t index) { run.pack_filters(index); }});
+  SharedBuffer panels(plan.chunks > 1 ? run.chunk_bytes() : 0);
+  float* sums = plan.chunks > 1 ? panels.as<float>() : nullptr;
+  phases.push_back({run.items(), [&run, sums](int64_t item) { run.run(item, sums); }});
+  if (plan.chunks > 1) {
+    phases.push_back({run.reductions(), [&run, sums](int64_t index) { run.reduce(index, sums); }});
+  }
+  run_phases(helpers_unless(plan.serial, executor), std::move(phases));
+}
 
 void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstTensor g, Tensor drhs,
                       Executor& executor) {
@@ -621,17 +752,7 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstT
   }
   const WeightsPlan plan =
       plan_weights(shape, mode, densities, {machine(), k.lanes, k.registers, executor.concurrency()});
-  count(plan.sparse ? "conv_bwd_weights/sparse" : "conv_bwd_weights/dense");
-  const WeightsRun run(plan, k, lhs, g, drhs);
-  Executor& threads = helpers_unless(plan.serial, executor);
-  if (plan.chunks == 1) {
-    run_phases(threads, {{run.items(), [&run](int64_t item) { run.run(item, nullptr); }}});
-    return;
-  }
-  SharedBuffer panels(run.chunk_bytes());
-  float* sums = panels.as<float>();
-  run_phases(threads, {{run.items(), [&run, sums](int64_t item) { run.run(item, sums); }},
-                       {run.reductions(), [&run, sums](int64_t index) { run.reduce(index, sums); }}});
+  run_weights(plan, k, lhs, g, drhs, nullptr, executor);
 }
 
 }  // namespace sparsetrain

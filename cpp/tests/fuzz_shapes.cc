@@ -1,4 +1,4 @@
-// Random shapes through the four operations, on every ISA of the machine, in every dtype. .ci/fuzz builds and runs it.
+// Random shapes through all operations, on every ISA of the machine, in every dtype. .ci/fuzz builds and runs it.
 //
 // Small integers, of which every order of summation gives the same bits, against a plain loop over the definition in
 // conv.h. Then real numbers, twice: the bits must not depend on the number of threads, on which of them came late, on
@@ -99,26 +99,36 @@ struct Case {
   std::vector<float> lhs, rhs, g;
 };
 
-constexpr const char* kOperations[] = {"conv_fwd", "conv_bwd_input", "conv_bwd_weights", "conv_bwd_input_masked"};
+constexpr const char* kOperations[] = {"conv_fwd",
+                                       "conv_bwd_input",
+                                       "conv_bwd_weights",
+                                       "conv_bwd_input_masked",
+                                       "conv_bwd_both, of lhs",
+                                       "conv_bwd_both, of rhs"};
 using Values = std::array<std::vector<float>, std::size(kOperations)>;  // of the operations' results, in this order
 
-// What the four operations make of a case.
+// What the operations make of a case.
 struct Results {
-  Array out, dlhs, drhs, masked;
+  Array out, dlhs, drhs, masked, both_lhs, both_rhs;
 
   Results(const Case& c, Mode mode, DType operands, DType result, int threads, bool at_end)
       : out(std::vector<float>(c.g.size(), 77), result, at_end),
         dlhs(std::vector<float>(c.lhs.size(), 77), result, at_end),
         drhs(std::vector<float>(c.rhs.size(), 77), result, at_end),
-        masked(std::vector<float>(c.lhs.size(), 77), result, at_end) {
+        masked(std::vector<float>(c.lhs.size(), 77), result, at_end),
+        both_lhs(std::vector<float>(c.lhs.size(), 77), result, at_end),
+        both_rhs(std::vector<float>(c.rhs.size(), 77), result, at_end) {
     const Array lhs(c.lhs, operands, at_end), rhs(c.rhs, operands, at_end), g(c.g, operands, at_end);
     FuzzExecutor executor(threads);
     conv_fwd(c.s, mode, lhs, rhs, out.out(), executor);
     conv_bwd_input(c.s, mode, g, rhs, dlhs.out(), executor);
     conv_bwd_weights(c.s, mode, lhs, g, drhs.out(), executor);
     conv_bwd_input_masked(c.s, mode, g, rhs, lhs, masked.out(), executor);
+    conv_bwd_both(c.s, mode, g, rhs, lhs, both_lhs.out(), both_rhs.out(), executor);
   }
-  Values values() const { return {out.values(), dlhs.values(), drhs.values(), masked.values()}; }
+  Values values() const {
+    return {out.values(), dlhs.values(), drhs.values(), masked.values(), both_lhs.values(), both_rhs.values()};
+  }
 };
 
 template <class F>
@@ -189,7 +199,7 @@ int main(int argc, char** argv) {
     fill(c.rhs, s.r * s.s * s.c * s.k, 1);
     fill(c.g, s.n * s.oh * s.ow * s.k, pick({0, 10, 50, 100}) / 100.0);
     Values exact = {std::vector<float>(c.g.size()), std::vector<float>(c.lhs.size()), std::vector<float>(c.rhs.size())};
-    auto& [out, dlhs, drhs, masked] = exact;
+    auto& [out, dlhs, drhs, masked, both_lhs, both_rhs] = exact;
     for_each_product(s, [&](int64_t a, int64_t b, int64_t o) {
       for (int64_t ci = 0; ci < s.c; ++ci)
         for (int64_t ki = 0; ki < s.k; ++ki) {
@@ -202,6 +212,8 @@ int main(int argc, char** argv) {
     for (size_t j = 0; j < masked.size(); ++j) {
       if (c.lhs[j] == 0) masked[j] = 0;
     }
+    both_lhs = masked;
+    both_rhs = drhs;
     const Mode mode = static_cast<Mode>(random() % 3);
     for (const std::string& isa : available_isas()) {
       set_isa(isa);
@@ -222,6 +234,10 @@ int main(int argc, char** argv) {
     }
     if (failed > 10) break;
   }
-  std::printf("%d passed, %d failed\n", passed, failed);
+  int64_t together = 0;
+  for (const auto& [path, calls] : counters()) {
+    if (path == "conv_bwd_both/sparse") together = calls;
+  }
+  std::printf("%d passed, %d failed; both gradients by the same walks %ld times\n", passed, failed, (long)together);
   return failed == 0 ? 0 : 1;
 }
