@@ -6,6 +6,7 @@ Supported: jax and jaxlib from the minimum in ``pyproject.toml`` to the newest t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "needs_devices",
     "over_explicit_axes",
     "plain_types",
+    "primitive_of_parts",
     "resharded",
     "scan_sizes",
     "standard_primitive",
@@ -54,6 +56,31 @@ def standard_primitive(
         return core.standard_vma_rule(name, *avals)
 
     return lax_utils.standard_primitive(shape_rule, dtype_rule, name, sharding_rule=sharding_rule, vma_rule=vma_rule)
+
+
+def primitive_of_parts(name: str, parts: Sequence[tuple[Primitive, Sequence[int]]]) -> Primitive:
+    """A primitive each of whose results is that of another one, with one result, of the operands at some indices.
+
+    It is typed as these are. Where only one of its results is used, that one's primitive takes its place.
+    """
+
+    def abstract_eval(*avals: Any, **parameters: Any) -> list[Any]:
+        return [part.abstract_eval(*(avals[i] for i in own), **parameters)[0] for part, own in parts]
+
+    def eliminate(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
+        if sum(used) != 1:
+            return [any(used)] * len(eqn.invars), eqn if any(used) else None
+        part, own = parts[used.index(True)]
+        invars, outvars = [eqn.invars[i] for i in own], [eqn.outvars[used.index(True)]]
+        kept = eqn.replace(primitive=part, invars=invars, outvars=outvars)
+        return [i in own for i in range(len(eqn.invars))], kept
+
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(dispatch.apply_primitive, primitive))
+    primitive.def_abstract_eval(abstract_eval)
+    pe.dce_rules[primitive] = eliminate
+    return primitive
 
 
 def needs_devices(primitive: Primitive) -> None:
@@ -118,13 +145,13 @@ def over_explicit_axes(
     )
 
 
-def lower_plain(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """A lowering rule from ``function``, which sees its operands as plain arrays.
+def lower_plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering rule from ``function``, of one result or several, which sees its operands as plain arrays.
 
     Explicit shardings and manual mesh axes are in the operands' types while users' functions are traced. By the time of
     lowering they have done their work, and would only make the function's own operations object.
     """
-    rule = mlir.lower_fun(function, multiple_results=False)
+    rule = mlir.lower_fun(lambda *args, **kwargs: jax.tree.leaves(function(*args, **kwargs)), multiple_results=True)
 
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
         avals: Sequence[Any] = ctx.avals_in

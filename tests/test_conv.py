@@ -52,6 +52,7 @@ def primitive_names(fun: Callable[..., Any], *args: Any) -> set[str]:
 SPARSE_NAMES = {
     *("sparse_conv_fwd", "sparse_conv_bwd_input", "sparse_conv_bwd_weights"),
     *("sparse_conv_bwd_input_masked", "sparse_conv_fwd_masked"),
+    *("sparse_conv_bwd_input_masked_sparse_conv_bwd_weights", "sparse_conv_fwd_masked_sparse_conv_fwd"),
 }
 
 # window_strides, padding, lhs_dilation, rhs_dilation, feature groups, batch groups, lhs, rhs

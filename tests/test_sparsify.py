@@ -803,7 +803,7 @@ def test_a_training_step_says_that_the_proof_needs_sparsify_inside() -> None:
     assert [tuple(r.paths) for r in reports].count(("bwd_input",)) == 1
     assert not any(r.relu_input for r in reports)
     assert all("jax.grad(st.sparsify(loss))" in r.proof for r in reports)
-    assert "sparse_conv_bwd_input_masked" not in names(st.sparsify(step), W)
+    assert not any("sparse_conv_bwd_input_masked" in name for name in names(st.sparsify(step), W))
     assert_equal(*compiled(lambda w: (st.sparsify(step)(w), step(w)))(W))
 
 
@@ -946,7 +946,8 @@ def test_a_linen_resnet_trains_the_same() -> None:
     assert [r.relu_input for r in reports] == [False] + 5 * [True]
     assert reports[2].scope == "ResNet/Block_0/Conv_1"
     found = names(step(st.sparsify(model.apply)), variables, x)
-    assert found.count("sparse_conv_bwd_input_masked") == 5 and found.count("sparse_conv_bwd_weights") == 6
+    assert sum("sparse_conv_bwd_input_masked" in name for name in found) == 5
+    assert sum("sparse_conv_bwd_weights" in name for name in found) == 6
 
 
 class Pyramid(nnx.Module):
