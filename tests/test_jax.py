@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from flax import nnx
 from jax import export, lax
 
 import sparsetrain_jax as st
+from sparsetrain_jax import primitives
+from sparsetrain_jax.shapes import ConvSpec
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -160,11 +164,158 @@ def test_checkpoint_policies_do_not_change_gradients(policy: Any) -> None:
     equal(gradients(st.sparse_conv, lambda f: jax.checkpoint(f, policy=policy)), gradients(stock, lambda f: f))
 
 
+def test_dots_saveable_knows_all_of_our_primitives() -> None:
+    eqns = jax.make_jaxpr(second_order)(*operands()).eqns
+    ours = [eqn.primitive for eqn in eqns if eqn.primitive.name.startswith("sparse_conv")]
+    assert len(set(ours)) == 5 and all(map(st.dots_saveable, ours))
+    assert not st.dots_saveable(jax.lax.add_p)
+
+
+# Both gradients with relu_input at once
+
+
+BOTH, BOTH_FORWARD = "sparse_conv_bwd_input_masked_sparse_conv_bwd_weights", "sparse_conv_fwd_masked_sparse_conv_fwd"
+
+
+def calls(function: Callable[..., Any], *args: Any) -> list[str]:
+    """Names of our primitives in the function's jaxpr."""
+    return re.findall(r"\bsparse_conv_\w+", str(jax.make_jaxpr(function)(*args)))
+
+
+def promised(lhs: jax.Array, rhs: jax.Array, result: Any = None) -> jax.Array:
+    return st.sparse_conv(lhs, rhs, relu_input=True, preferred_element_type=result)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def promised_apart(lhs: jax.Array, rhs: jax.Array, result: Any = None) -> jax.Array:
+    """``promised``, with a derivative that is a sum of two primitives."""
+    return promised(lhs, rhs, result)
+
+
+@promised_apart.defjvp
+def promised_apart_jvp(result: Any, primals: Any, tangents: Any) -> Any:
+    (lhs, rhs), (dlhs, drhs) = primals, tangents
+    spec = ConvSpec(lhs.shape[1:3], (3, 3), (1, 1), ((1, 1), (1, 1)), result=result and result.name)
+    of_lhs = primitives.sparse_conv_fwd_masked(dlhs, rhs, lhs, spec=spec)
+    return promised_apart(lhs, rhs, result), of_lhs + promised_apart(lhs, drhs, result)
+
+
+def energy(conv: Conv) -> Conv:
+    return lambda lhs, rhs: (conv(lhs, rhs) ** 2).sum()
+
+
+def gradient_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of the sum of all results, each weighted by -1, 0 and 1."""
+
+    def weighted(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        leaves = jax.tree.leaves(function(lhs, rhs))
+        return sum((leaf * (jnp.arange(leaf.size).reshape(leaf.shape) % 3 - 1)).sum() for leaf in leaves)
+
+    return jax.grad(weighted, (0, 1))
+
+
+def tangent_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda lhs, rhs: jax.jvp(function, (lhs, rhs), (jnp.flip(lhs, 1), jnp.flip(rhs, 2)))
+
+
+def batch_of(function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
+    def run(lhs: jax.Array, rhs: jax.Array) -> Any:
+        several = [
+            x if axis is None else jnp.stack([x, -x, x[::-1]], axis) for x, axis in zip((lhs, rhs), axes, strict=True)
+        ]
+        return jax.vmap(function, axes)(*several)
+
+    return run
+
+
+DERIVATIVES: dict[str, Callable[[Conv], Callable[..., Any]]] = {
+    "grad": lambda conv: jax.grad(energy(conv), (0, 1)),
+    "jvp": lambda conv: tangent_of(conv),
+    "jvp of jvp": lambda conv: tangent_of(tangent_of(conv)),
+    "grad of grad": lambda conv: gradient_of(jax.grad(energy(conv), (0, 1))),
+    "grad of grad for the input": lambda conv: gradient_of(jax.grad(energy(conv), 0)),
+    "grad of grad for the kernel": lambda conv: gradient_of(jax.grad(energy(conv), 1)),
+    "grad of grad of grad": lambda conv: gradient_of(gradient_of(jax.grad(energy(conv), (0, 1)))),
+    "jvp of grad": lambda conv: tangent_of(jax.grad(energy(conv), (0, 1))),
+    "grad of jvp": lambda conv: gradient_of(tangent_of(conv)),
+    **{
+        f"vmap over {axes} of {name}": lambda conv, axes=axes, of=of: batch_of(of(conv), *axes)
+        for axes in ((0, None), (None, 1), (3, 3))
+        for name, of in (("grad", lambda conv: jax.grad(energy(conv), (0, 1))), ("jvp", tangent_of))
+    },
+}
+
+
+@pytest.mark.parametrize(("dtype", "result"), [("float32", None), ("bfloat16", "float32"), ("bfloat16", None)])
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_of_both_operands_at_once_equal_those_of_each(name: str, dtype: str, result: str | None) -> None:
+    lhs, rhs = (x[..., :3].astype(dtype) for x in (operands()[0], operands()[1][:, :, :3]))
+    ours, want = (
+        DERIVATIVES[name](lambda lhs, rhs, conv=conv: conv(lhs, rhs, result and jnp.dtype(result)))
+        for conv in (promised, promised_apart)
+    )
+    assert {BOTH, BOTH_FORWARD} & {*calls(ours, lhs, rhs)} or "vmap" in name
+    assert not {BOTH, BOTH_FORWARD} & {*calls(want, lhs, rhs)}
+    got, expected = jax.jit(ours)(lhs, rhs), jax.jit(want)(lhs, rhs)
+    equal(got, expected)
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    ("argnums", "name"), [(0, "sparse_conv_bwd_input_masked"), (1, "sparse_conv_bwd_weights"), ((0, 1), BOTH)]
+)
+def test_a_gradient_for_one_operand_alone_is_that_ones_primitive(jit: Any, argnums: Any, name: str) -> None:
+    assert calls(jax.grad(jit(energy(promised)), argnums), *operands()) == ["sparse_conv_fwd", name]
+    frozen = jax.grad(lambda lhs, rhs: energy(promised)(lhs, lax.stop_gradient(rhs)), (0, 1))
+    assert BOTH not in calls(frozen, *operands())
+
+
+@pytest.mark.parametrize("used", ["sparsetrain_conv_bwd_input_masked_v1", "sparsetrain_conv_bwd_weights_v1"])
+def test_of_a_gradient_that_is_not_used_nothing_is_compiled(used: str) -> None:
+    index = int("weights" in used)
+    step = jax.jit(lambda lhs, rhs: gradients(lhs, rhs)[index])
+    assert {*re.findall(r"sparsetrain_conv_\w+", step.lower(*operands()).as_text())} == {
+        "sparsetrain_conv_fwd_v1",
+        used,
+    }
+    equal(step(*operands()), gradients(*operands())[index])
+    # In a loop's body too.
+    loop = jax.jit(lambda lhs, rhs: lax.scan(lambda c, _: (c, gradients(c, rhs)), lhs, None, 2)[1][index])
+    assert {*re.findall(r"sparsetrain_conv_\w+", loop.lower(*operands()).as_text())} == {
+        "sparsetrain_conv_fwd_v1",
+        used,
+    }
+
+
+def test_vmap_folds_what_the_primitives_of_each_gradient_fold_and_batches_nothing_else() -> None:
+    lhs, rhs = operands()
+    spec = ConvSpec((7, 8), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    both = functools.partial(primitives.sparse_conv_bwd_both, spec=spec)
+    stacked = jnp.stack([lhs, -lhs])
+    # A batch of g and x: one call for dlhs, a loop for drhs.
+    batched = jax.vmap(both, (0, None, 0))
+    assert calls(batched, stacked, rhs, stacked) == ["sparse_conv_bwd_input_masked", "sparse_conv_bwd_weights"]
+    equal([x[1] for x in batched(stacked, rhs, stacked)], [*both(-lhs, rhs, -lhs)])
+    # A batch of rhs: drhs has none.
+    kernels = jnp.stack([rhs, -rhs])
+    dlhs, drhs = jax.vmap(both, (None, 0, None), (0, None))(lhs, kernels, lhs)
+    equal((dlhs[1], drhs), both(lhs, -rhs, lhs))
+    # A batch of the input features of rhs and x: one call for each.
+    folded = jax.vmap(both, (None, 0, 0))
+    assert "scan" not in str(jax.make_jaxpr(folded)(lhs, kernels, stacked))
+    equal([x[1] for x in folded(lhs, kernels, stacked)], [*both(lhs, -rhs, -lhs)])
+
+
 # Export and compilation
 
 
 def gradients(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.grad(lambda lhs, rhs: (st.sparse_conv(lhs, rhs, relu_input=True) ** 2).sum(), (0, 1))(lhs, rhs)
+
+
+def second_order(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient_of(gradients)(lhs, rhs)
 
 
 def checks() -> list[Any]:
@@ -217,7 +368,8 @@ def test_on_other_platforms_the_primitives_lower_to_lax(platform: str) -> None:
 def test_on_the_cpu_the_primitives_lower_to_the_custom_calls() -> None:
     text = jax.jit(gradients).lower(*operands()).as_text()
     assert "stablehlo.convolution" not in text
-    assert {name for name in st.custom_calls() if name in text} >= {"sparsetrain_conv_bwd_weights_v1"}
+    called = {name for name in st.custom_calls() if name in text}
+    assert {"sparsetrain_conv_bwd_weights_v1", "sparsetrain_conv_bwd_both_v1"} & called
 
 
 def test_compiled_instructions_carry_the_primitives_names() -> None:

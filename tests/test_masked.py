@@ -1,4 +1,7 @@
-"""The masked input gradient natively: the product over active pixels, the ordinary gradient, and the choice of them."""
+"""The masked input gradient natively: the product over active pixels, the ordinary gradient, and the choice of them.
+
+And together with the kernel gradient.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,13 @@ CASES = [
 ]
 
 
+def spec_of(case: Case, mode: str = "auto", result: str | None = None) -> ConvSpec:
+    return ConvSpec((case.h, case.w), (case.r, case.s), case.strides, case.padding, mode, result=result)
+
+
 def run(case: Case, g: Any, rhs: Any, x: Any, mode: str = "auto", result: str | None = None) -> np.ndarray:
-    spec = ConvSpec((case.h, case.w), (case.r, case.s), case.strides, case.padding, mode, result=result)
-    return np.asarray(primitives.sparse_conv_bwd_input_masked(*map(jnp.asarray, (g, rhs, x)), spec=spec))
+    operands = map(jnp.asarray, (g, rhs, x))
+    return np.asarray(primitives.sparse_conv_bwd_input_masked(*operands, spec=spec_of(case, mode, result)))
 
 
 def seed(*key: Any) -> np.random.Generator:
@@ -165,3 +172,19 @@ def test_a_mask_of_another_shape_is_an_error_of_the_call() -> None:
         call(
             g, rhs, jnp.zeros((1, 4, 4, 9)), geometry=np.array([1, 1, 0, 0, 0, 0], np.int64), mode=np.int64(0)
         ).block_until_ready()
+
+
+@pytest.mark.parametrize(("dtype", "result"), [("float32", None), ("bfloat16", None), ("bfloat16", "float32")])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_gradients_at_once_equal_each_alone(case: Case, dtype: str, result: str | None, isa: str) -> None:
+    rng = seed("both", case)
+    g, rhs = (values(rng, shape, integers=True).astype(dtype) for shape in (case.out_shape, case.rhs_shape))
+    for density in (0.0, 0.3, 1.0):
+        x = values(rng, case.lhs_shape, 1 - density, integers=True).astype(dtype)
+        for mode in MODES:
+            spec = spec_of(case, mode, result)
+            dlhs, drhs = primitives.sparse_conv_bwd_both(g, rhs, x, spec=spec)
+            assert dlhs.dtype == drhs.dtype == (result or dtype)
+            np.testing.assert_array_equal(dlhs, run(case, g, rhs, x, mode, result), err_msg=f"{density} {mode}")
+            alone = primitives.sparse_conv_bwd_weights(x, g, spec=spec)
+            np.testing.assert_array_equal(drhs, alone, err_msg=f"{density} {mode}")

@@ -54,6 +54,9 @@ def functions() -> dict[str, Callable[[Any, Any], Any]]:
         "general": lambda lhs, rhs: same(st.conv_general_dilated, lhs, rhs),
         "relu_input": lambda lhs, rhs: st.sparse_conv(lhs, rhs, relu_input=True),
         "bfloat16": lambda lhs, rhs: st.sparse_conv(lhs.astype("bfloat16"), rhs.astype("bfloat16")),
+        "bfloat16_relu_input": lambda lhs, rhs: st.sparse_conv(
+            lhs.astype("bfloat16"), rhs.astype("bfloat16"), relu_input=True
+        ),
     }
 
 
@@ -112,7 +115,8 @@ def sharded_calls_compute_their_own_shard(layout: str, kind: str, function: str)
 
 for layout_ in LAYOUTS:
     for kind_ in ("Auto", "Explicit"):
-        for function_ in ("general", "relu_input", "bfloat16") if layout_ == "batch" else ("general", "relu_input"):
+        narrow_ = ("bfloat16",) * (layout_ == "batch") + ("bfloat16_relu_input",) * (layout_ != "input_features")
+        for function_ in ("general", "relu_input", *narrow_):
             check(
                 sharded_calls_compute_their_own_shard,
                 layout_,
@@ -291,6 +295,23 @@ def per_example_gradients_of_explicitly_sharded_examples_need_no_communication()
 
 
 @check
+def per_example_tangents_of_explicitly_sharded_examples_equal_those_of_whole_ones() -> None:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    lhs, rhs = data()
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    conv = functions()["relu_input"]
+    tangents = jax.jit(
+        jax.vmap(lambda x, rhs: jax.jvp(lambda x, rhs: conv(x[None], rhs), (x, rhs), (x, rhs)), (0, None))
+    )
+    want = tangents(lhs, rhs)
+    with jax.set_mesh(mesh):
+        assert_equal(tangents(jax.device_put(lhs, NamedSharding(mesh, P("a"))), rhs), want)
+
+
+@check
 def the_weight_gradient_is_one_all_reduce_and_the_other_components_none() -> None:
     import jax
     from jax.sharding import NamedSharding
@@ -308,6 +329,8 @@ def the_weight_gradient_is_one_all_reduce_and_the_other_components_none() -> Non
         (primitives.sparse_conv_bwd_input, (lhs, rhs), {}),
         (primitives.sparse_conv_bwd_input_masked, (lhs, rhs, lhs), {}),
         (primitives.sparse_conv_bwd_weights, (lhs, lhs), {"all-reduce": 1}),
+        (primitives.sparse_conv_bwd_both, (lhs, rhs, lhs), {"all-reduce": 1}),
+        (primitives.sparse_conv_fwd_both, (lhs, rhs, lhs, rhs), {}),
     ):
         run = jax.jit(lambda *operands, function=function: function(*operands, spec=spec))
         assert collectives(run.lower(*operands).compile()) == want, function
