@@ -23,7 +23,7 @@ void conv_bwd_both(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor
            zero_of_zeros(k, sample, operand, count, drhs, shape.rhs_size(), executor);
   };
   if (all_zero(densities.lhs, x, shape.lhs_size()) || all_zero(densities.g, g, shape.out_size())) {
-    count("conv_bwd_both/sparse");
+    count("conv_bwd_both/separate");
     count("conv_bwd_input_masked/sparse");
     count("conv_bwd_weights/sparse");
     return;

@@ -276,7 +276,7 @@ def _call_native(
     if any(isinstance(d, int) and d == 0 for shape in (*shapes, *operand_shapes) for d in shape):
         return [jnp.zeros(shape, dtype) for shape in shapes]  # nothing to add up, or nothing to write
     reduced = reduced or [()] * len(shapes)
-    if component.parts and not _is_one_call(component, spec, operand_shapes):
+    if component.parts and (spec.mode == "dense" or _lax_reason(component, spec, operand_shapes)):
         calls = zip(component.apart(operands), reduced, strict=True)
         return [out for (part, own), axes in calls for out in _call_native(part, *own, spec=spec, reduced=[axes])]
     # Parts of a sum are rounded once, after adding them up.
@@ -286,12 +286,6 @@ def _call_native(
     else:
         outs = _custom_call(component).bind(*operands, spec=spec, dtypes=partial)
     return [lax.psum(out, axes).astype(dtype) if axes else out for out, axes in zip(outs, reduced, strict=True)]
-
-
-def _is_one_call(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> bool:
-    """Whether one custom call computes all parts of ``component``, rather than one for each."""
-    there = component.target in native.TARGETS
-    return there and spec.mode != "dense" and not _lax_reason(component, spec, shapes)
 
 
 def _lax_reason(component: _Component, spec: ConvSpec, shapes: Sequence[Sequence[int]]) -> str:

@@ -664,6 +664,90 @@ def test_the_masked_input_gradient_ignores_nonfinite_gradients_where_x_is_zero(i
         assert np.all(got[x == 0] == 0) and np.isnan(got[x != 0]).all()
 
 
+# Both gradients at once
+
+
+def run_both(case: Case, g: Any, rhs: Any, x: Any, mode: str = "auto") -> list[np.ndarray]:
+    """The gradients, of lhs and rhs, by one custom call, whose counters start anew."""
+    native.reset_counters()
+    return [
+        np.asarray(d) for d in primitives.sparse_conv_bwd_both(*map(jnp.asarray, (g, rhs, x)), spec=spec_of(case, mode))
+    ]
+
+
+def walked_together(isa: str) -> bool:
+    """Whether the last call of both gradients took walks that make both; the other ISAs have none."""
+    together = native.counters().get("conv_bwd_both/sparse", 0) == 1
+    assert isa.startswith("avx512") or not together
+    return together
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_gradients_at_once_are_within_their_bounds(case: Case, isa: str) -> None:
+    rng = seed("both", case)
+    g, rhs = values(rng, case.out_shape, 0.3), values(rng, case.rhs_shape)
+    dense = COMPONENTS["bwd_input"](case, g, rhs)
+    for sparsity in SPARSITIES:
+        x = values(rng, case.lhs_shape, sparsity)
+        for mode in MODES:
+            dlhs, drhs = run_both(case, g, rhs, x, mode)
+            assert np.all(dlhs[x == 0] == 0)
+            check("bwd_input", case, np.where(x == 0, dense.astype(np.float32), dlhs), g, rhs)
+            check("bwd_weights", case, drhs, x, g)
+
+
+# Chunks of pixels, several blocks of channels and of features in a step, steps of their own for the last features.
+MANY = [
+    same(Case(4, 56, 56, 32, 48, 3, 3)),
+    same(Case(4, 14, 14, 272, 80, 3, 3)),
+    same(Case(3, 14, 14, 1040, 300, 1, 1)),
+    same(Case(2, 24, 24, 528, 40, 3, 3, (2, 2))),
+    same(Case(2, 12, 12, 32, 176, 5, 7)),
+]
+
+
+@pytest.mark.parametrize("case", [*SHAPES, *ADVERSARIAL, *BORDERS, *NARROW_IMAGES, *MANY], ids=str)
+def test_gradients_at_once_of_small_integers_are_exact(case: Case, isa: str) -> None:
+    rng = seed("both integers", case)
+    g, rhs = values(rng, case.out_shape, 0.3, integers=True), values(rng, case.rhs_shape, integers=True)
+    whole = COMPONENTS["bwd_input"](case, g, rhs).astype(np.float32)
+    together = 0
+    for sparsity in (0.0, 0.5, 0.9):
+        x = values(rng, case.lhs_shape, sparsity, integers=True)
+        x[0, 0] = 0  # a block may have nothing but zeros
+        dlhs, drhs = run_both(case, g, rhs, x)
+        together += walked_together(isa)
+        np.testing.assert_array_equal(dlhs, np.where(x == 0, 0, whole), err_msg=str(sparsity))
+        np.testing.assert_array_equal(drhs, COMPONENTS["bwd_weights"](case, x, g).astype(np.float32))
+    if isa.startswith("avx512") and case in (*BORDERS, *MANY) and case.s < 7:  # wider kernels fall into many pieces
+        assert together > 0
+
+
+def test_gradients_at_once_are_walked_together_where_that_is_cheaper(isa: str) -> None:
+    """Not if most values are there, nor if the gradient of the output has far fewer than lhs."""
+    case = same(Case(8, 14, 14, 128, 128, 3, 3))
+    rng = seed("both paths")
+    rhs = values(rng, case.rhs_shape)
+    for of_x, of_g, wanted in ((0.6, 0.0, True), (0.9, 0.5, True), (0.3, 0.97, False)):
+        x, g = values(rng, case.lhs_shape, of_x), values(rng, case.out_shape, of_g)
+        run_both(case, g, rhs, x)
+        assert walked_together(isa) == (wanted and isa.startswith("avx512")), (of_x, of_g)
+        run_both(case, g, rhs, x, "dense")
+        assert not walked_together(isa)
+
+
+def test_gradients_at_once_keep_nonfinite_gradients_from_pixels_where_x_is_zero(isa: str) -> None:
+    case = same(Case(4, 6, 6, 64, 64, 3, 3))
+    rng = seed("both nan")
+    g, rhs, x = values(rng, case.out_shape), values(rng, case.rhs_shape), values(rng, case.lhs_shape, 0.8)
+    g[0] = np.nan
+    dlhs, drhs = run_both(case, g, rhs, x)
+    assert walked_together(isa) == isa.startswith("avx512")
+    assert np.all(dlhs[x == 0] == 0) and np.isnan(dlhs[0][x[0] != 0]).all() and np.isfinite(dlhs[1:]).all()
+    met = COMPONENTS["bwd_weights"](case, (x[:1] != 0).astype(np.float32), np.ones_like(g[:1])) > 0
+    assert np.isnan(drhs[met]).all()
+
+
 def test_results_are_right_for_operands_in_another_memory_order(isa: str) -> None:
     case = same(Case(2, 7, 9, 16, 24, 3, 3))
     rng = seed("layout")

@@ -239,7 +239,7 @@ def test_without_the_compiled_module_the_import_fails_and_says_how_to_build_it()
 
 
 def test_the_targets_are_those_of_the_versioned_interface() -> None:
-    names = ("fwd", "bwd_input", "bwd_weights", "bwd_input_masked")
+    names = ("fwd", "bwd_input", "bwd_weights", "bwd_input_masked", "bwd_both")
     assert {f"sparsetrain_conv_{name}_v1" for name in names} == native.TARGETS
 
 
@@ -264,7 +264,8 @@ for n, h, w, c, k, r, stride in ((4, 28, 28, 64, 96, 3, 1), (3, 15, 17, 48, 80, 
         for out in (primitives.sparse_conv_fwd(lhs, rhs, spec=spec),
                     primitives.sparse_conv_bwd_input(g, rhs, spec=spec),
                     primitives.sparse_conv_bwd_weights(lhs, g, spec=spec),
-                    primitives.sparse_conv_bwd_input_masked(g, rhs, lhs, spec=spec)):
+                    primitives.sparse_conv_bwd_input_masked(g, rhs, lhs, spec=spec),
+                    *primitives.sparse_conv_bwd_both(g, rhs, lhs, spec=spec)):
             digest.update(np.asarray(out).tobytes())
 names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
 print(sum("XLAEigen" in name for name in names), digest.hexdigest())
@@ -287,18 +288,21 @@ TARGETS = {
     "sparsetrain_conv_bwd_input_v1": ((2, 5, 6, 4), (3, 3, 8, 4), (2, 5, 6, 8)),
     "sparsetrain_conv_bwd_weights_v1": ((2, 5, 6, 8), (2, 5, 6, 4), (3, 3, 8, 4)),
     "sparsetrain_conv_bwd_input_masked_v1": ((2, 5, 6, 4), (3, 3, 8, 4), (2, 5, 6, 8), (2, 5, 6, 8)),
+    "sparsetrain_conv_bwd_both_v1": ((2, 5, 6, 4), (3, 3, 8, 4), (2, 5, 6, 8), (2, 5, 6, 8), (3, 3, 8, 4)),
 }
 
 
-def call(target: str, shapes: Any, dtype: Any = jnp.float32, **attributes: Any) -> jax.Array:
-    *operands, result = shapes
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(result, jnp.float32))
-    return jax.jit(lambda *args: call(*args, **attributes))(*(jnp.ones(shape, dtype) for shape in operands))
+def call(target: str, shapes: Any, dtype: Any = jnp.float32, **attributes: Any) -> list[jax.Array]:
+    """The results, of which there are two if `target` is of both gradients, and which come last in `shapes`."""
+    count = len(shapes) - (2 if "_both_" in target else 1)
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[count:]])
+    return jax.jit(lambda *args: call(*args, **attributes))(*(jnp.ones(shape, dtype) for shape in shapes[:count]))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_consistent_custom_call_succeeds(target: str) -> None:
-    assert np.all(np.asarray(call(target, TARGETS[target], **GOOD)) > 0)
+    for result in call(target, TARGETS[target], **GOOD):
+        assert np.all(np.asarray(result) > 0)
 
 
 @pytest.mark.parametrize(("target", "buffer"), [(name, i) for name in TARGETS for i in range(len(TARGETS[name]))])
