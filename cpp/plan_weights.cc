@@ -373,7 +373,9 @@ Estimate estimate(const WeightsPlan& plan, double density, const PlanMachine& ma
       const double tap_vectors = static_cast<double>(taps * vectors);
       if (plan.both) {
         const double steps = static_cast<double>(ceil_div(vectors, group.vectors)) * static_cast<double>(plan.channels);
-        cost.multiply += pixels * density * (2 * costs.walk_both * tap_vectors * plan.channels + costs.reduce * steps) +
+        // Of a few multiply-adds, what an entry waits for is not hidden.
+        const double reduce = costs.reduce * (taps * group.vectors < 4 ? 2 : 1);
+        cost.multiply += pixels * density * (2 * costs.walk_both * tap_vectors * plan.channels + reduce * steps) +
                          costs.channel * steps * static_cast<double>(cls.block_count());
       } else if (plan.sparse) {
         const double walk = std::max(walk_lists(static_cast<int>(taps)) ? costs.walk : costs.mask_walk,
@@ -498,8 +500,10 @@ void cut_items(const PlanMachine& machine, const Estimate& cost, WeightsPlan& pl
   // of drhs. By shape alone, because the sums depend on it.
   const int64_t sums = 4 * round_up(plan.channels, unit) * round_up(plan.features, width) * all_taps;
   plan.chunks = 1;
-  while (!plan.serial && plan.chunks < 8 && pixels >= plan.chunks * kChunkPixels && blocks >= 8 * plan.chunks &&
-         2 * plan.chunks * sums <= 4 * machine.caches.l2_bytes) {
+  // Walks of both gradients cannot be cut by features.
+  const int64_t least_pixels = plan.both ? kChunkPixels / 2 : kChunkPixels, least_blocks = plan.both ? 2 : 8;
+  while (!plan.serial && plan.chunks < 8 && pixels >= plan.chunks * least_pixels &&
+         blocks >= least_blocks * plan.chunks && 2 * plan.chunks * sums <= 4 * machine.caches.l2_bytes) {
     plan.chunks *= 2;
   }
   if (machine.threads == 1 || plan.serial) return;
@@ -578,6 +582,9 @@ WeightsPlan plan_both_walks(const ConvShape& given, const Densities& densities, 
   plan.sparse_cost = cost.total();
   plan.serial = too_small_for_threads(plan.sparse_cost, ceil_div(shape.rhs_size(), plan.lanes));
   cut_items(machine, cost, plan);
+  // Few channels and pixels: threads would find nothing to do. Not by their number, on which sums must not depend.
+  constexpr int64_t kPieces = 4;
+  if (!plan.serial && plan.chunks * ceil_div(shape.c, machine.lanes) < kPieces) return none;
   return plan;
 }
 
