@@ -719,7 +719,8 @@ def test_gradients_at_once_of_small_integers_are_exact(case: Case, isa: str) -> 
         together += walked_together(isa)
         np.testing.assert_array_equal(dlhs, np.where(x == 0, 0, whole), err_msg=str(sparsity))
         np.testing.assert_array_equal(drhs, COMPONENTS["bwd_weights"](case, x, g).astype(np.float32))
-    if isa.startswith("avx512") and case in (*BORDERS, *MANY) and case.s < 7:  # wider kernels fall into many pieces
+    # Wider kernels fall into many pieces, fewer channels into too few.
+    if isa.startswith("avx512") and case in (*BORDERS, *MANY) and case.s < 7 and case.c > 16:
         assert together > 0
 
 
