@@ -1,4 +1,4 @@
-// The contract of the four operations: shapes, layouts, modes, and what skipping a zero means.
+// The contract of the operations: shapes, layouts, modes, and what skipping a zero means.
 //
 //   conv_fwd          out[n,y,x,k]  = sum_{r,s,c} lhs[n, y*stride_h+r-pad_top, x*stride_w+s-pad_left, c] * rhs[r,s,c,k]
 //   conv_bwd_input    dlhs = the transpose of conv_fwd in lhs, applied to g (the gradient of out)
@@ -6,6 +6,7 @@
 //   conv_bwd_input_masked
 //                     what conv_bwd_input computes wherever x (of the shape of lhs) is non-zero, and exactly zero
 //                     wherever x is zero, even if g or rhs holds Inf or NaN
+//   conv_bwd_both     the last two of the same call, of which lhs is x: two results
 //
 // The operands of a call are all float32, all bfloat16 or all float16 (dtype.h); sums are float32, and the result is
 // rounded once to the dtype of the operands, or stays float32.
@@ -72,7 +73,6 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstT
                       Executor& executor);
 void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x,
                            Tensor dlhs, Executor& executor);
-// Both gradients of a call of which lhs is x: what the last two do.
 void conv_bwd_both(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor rhs, ConstTensor x, Tensor dlhs,
                    Tensor drhs, Executor& executor);
 
