@@ -14,7 +14,8 @@
 // Layouts are Flax's own, dense and row-major: lhs and dlhs NHWC [n,h,w,c], rhs and drhs HWIO [r,s,c,k],
 // out and g NHWC [n,oh,ow,k]. Indices outside lhs are zero padding.
 //
-// The *checked* operand is the one whose zeros are skipped: lhs in FWD, g in BWI, either in BWW.
+// The *checked* operand is the one whose zeros are skipped: lhs in FWD, g in BWI, either in BWW, x or g in the masked
+// BWI, x where both gradients are made at once.
 // A skipped zero (+0.0, -0.0 or, under flush-to-zero, a subnormal) does not meet the other operand, so 0 * Inf and
 // 0 * NaN count as 0 where it is skipped and as NaN where it is not. So do zeros beyond an image: padding of lhs, and
 // what lies beyond g in the gradients. NaN and Inf in the checked operand are never skipped. Apart from that, skipping

@@ -353,10 +353,12 @@ constexpr bool both_offered(int rows, int columns, int vectors, int registers) {
 }
 
 struct BothWalkArgs {
-  WeightsWalkArgs walk;  // of packed lists, filled up with zeros to whole groups of four; single channels
+  WeightsWalkArgs walk;  // of packed lists and single channels
   const float* filter;   // of the first channel, laid out as the sums in the panel
-  float* sums;  // [channel][walk.value_pitch]: += the sum over taps and features of filter * g, for every entry
-  bool first;   // these start from zero
+  // [channel][walk.value_pitch]: += the sum over taps and features of filter * g, for every entry. Up to three more are
+  // overwritten.
+  float* sums;
+  bool first;  // these start from zero
 };
 
 struct BothKernels {

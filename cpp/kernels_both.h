@@ -27,12 +27,13 @@ struct BothWalk {
   // Entries whose sums are added up together; that take turns, as registers allow.
   static constexpr int kTogether = 4, kTurn = 2 * kCount + 9 <= Isa::kRegisters ? 4 : 2;
 
-  // Adds the products of kTurn entries.
+  // Adds the products of kEntries entries.
+  template <int kEntries>
   static ST_INLINE void visit(const float* dense, ptrdiff_t row, const uint16_t* list, const float* values,
                               const Vec (&filter)[kCount], Vec (&acc)[kCount], Vec* sums) {
-    const float* window[kTurn];
-    Vec value[kTurn];
-    unroll<kTurn>([&](auto e) ST_LAMBDA {
+    const float* window[kEntries];
+    Vec value[kEntries];
+    unroll<kEntries>([&](auto e) ST_LAMBDA {
       window[e] = dense + static_cast<size_t>(list[e]) * kWidth;
       ST_OPAQUE(window[e]);
       value[e] = Isa::broadcast(values + e);
@@ -40,14 +41,14 @@ struct BothWalk {
     unroll<kRows>([&](auto r) ST_LAMBDA {
       unroll<kRow>([&](auto i) ST_LAMBDA {
         constexpr int t = r * kRow + i;
-        unroll<kTurn>([&](auto e) ST_LAMBDA {
+        unroll<kEntries>([&](auto e) ST_LAMBDA {
           const Vec y = Isa::load_shared(window[e] + i * Isa::kLanes);
           acc[t] = Isa::fma(value[e], y, acc[t]);
           sums[e] = Isa::fma(filter[t], y, sums[e]);
         });
       });
       if constexpr (r + 1 < kRows) {
-        unroll<kTurn>([&](auto e) ST_LAMBDA {
+        unroll<kEntries>([&](auto e) ST_LAMBDA {
           window[e] += row;
           ST_OPAQUE(window[e]);
         });
@@ -76,16 +77,25 @@ struct BothWalk {
       const uint16_t* list = walk.lists + c * walk.list_pitch;
       const float* values = walk.values + c * walk.value_pitch;
       float* sums = args.sums + c * walk.value_pitch;
-      for (int count = walk.counts[c]; count > 0; count -= kTogether) {
+      int count = walk.counts[c];
+      for (; count >= kTogether; count -= kTogether) {
         Vec own[kTogether];
         unroll<kTogether>([&](auto e) ST_LAMBDA { own[e] = Isa::zero(); });
         unroll<kTogether / kTurn>([&](auto turn) ST_LAMBDA {
-          visit(dense, row, list + turn * kTurn, values + turn * kTurn, filter, acc, own + turn * kTurn);
+          visit<kTurn>(dense, row, list + turn * kTurn, values + turn * kTurn, filter, acc, own + turn * kTurn);
         });
         Isa::add_sums(sums, args.first, own[0], own[1], own[2], own[3]);
         list += kTogether;
         values += kTogether;
         sums += kTogether;
+      }
+      if (count > 0) {  // nothing that is not there may meet g, which may be infinite
+        Vec own[kTogether];
+        unroll<kTogether>([&](auto e) ST_LAMBDA { own[e] = Isa::zero(); });
+        unroll<kTogether - 1>([&](auto e) ST_LAMBDA {
+          if (e < count) visit<1>(dense, row, list + e, values + e, filter, acc, own + e);
+        });
+        Isa::add_sums(sums, args.first, own[0], own[1], own[2], own[3]);
       }
       Sums::save(walk.panel, c, acc);
     }

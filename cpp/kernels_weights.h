@@ -491,8 +491,9 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
       uint32_t mask = Isa::nonzero(v[c]);
       if constexpr (kEntries == Entries::kMasks) {
         static_assert(kLanes == 16);
-        uint16_t* masks = reinterpret_cast<uint16_t*>(args.masks + static_cast<ptrdiff_t>(first + c) * args.words);
-        masks[p / kLanes] = static_cast<uint16_t>(mask);
+        const uint16_t bits = static_cast<uint16_t>(mask);
+        std::memcpy(reinterpret_cast<char*>(args.masks + static_cast<ptrdiff_t>(first + c) * args.words) + p / 8, &bits,
+                    2);
       }
       float* value = values + c * args.value_pitch;
       uint16_t* list = lists + c * args.list_pitch;
@@ -515,10 +516,6 @@ ST_NOINLINE int64_t pack_list_lanes(const WeightsPackListsArgs& args, int first)
   for (int c = 0; c < channels; ++c) {
     if (kNeighbours) *count++ = static_cast<uint16_t>(neighbours[c] / 2);
     *count++ = static_cast<uint16_t>(counts[c]);
-    if (kEntries == Entries::kMasks) {
-      std::memset(values + c * args.value_pitch + counts[c], 0, 4 * sizeof(float));
-      std::memset(lists + c * args.list_pitch + counts[c], 0, 4 * sizeof(uint16_t));
-    }
     nonzeros += neighbours[c] + counts[c];
   }
   return nonzeros;

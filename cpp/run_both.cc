@@ -19,8 +19,7 @@ void conv_bwd_both(const ConvShape& shape, Mode mode, ConstTensor g, ConstTensor
   const Kernels& k = kernels();  // once: another may be set meanwhile
   const Densities densities = {density(k, x, shape.lhs_size()), density(k, g, shape.out_size())};
   const auto all_zero = [&](double sample, ConstTensor operand, int64_t count) {
-    return zero_of_zeros(k, sample, operand, count, dlhs, shape.lhs_size(), executor) &&
-           zero_of_zeros(k, sample, operand, count, drhs, shape.rhs_size(), executor);
+    return zero_of_zeros(k, sample, operand, count, {{dlhs, shape.lhs_size()}, {drhs, shape.rhs_size()}}, executor);
   };
   if (all_zero(densities.lhs, x, shape.lhs_size()) || all_zero(densities.g, g, shape.out_size())) {
     count("conv_bwd_both/separate");

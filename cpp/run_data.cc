@@ -1007,7 +1007,7 @@ void conv_measured(DataOp op, const ConvShape& shape, Mode mode, ConstTensor inp
   const int64_t input_size = fwd ? shape.lhs_size() : shape.out_size();
   const int64_t result_size = fwd ? shape.out_size() : shape.lhs_size();
   const double sample = mode == Mode::kDense ? 1 : density(k, input, input_size);
-  if (zero_of_zeros(k, sample, input, input_size, result, result_size, executor)) return count_path(op, false);
+  if (zero_of_zeros(k, sample, input, input_size, {{result, result_size}}, executor)) return count_path(op, false);
   conv_data(k, op, shape, mode, sample, input, rhs, {nullptr, input.dtype}, result, executor);
 }
 

@@ -359,8 +359,8 @@ void conv_bwd_input_masked(const ConvShape& shape, Mode mode, ConstTensor g, Con
   }
   densities.lhs = density(k, x, shape.lhs_size());
   densities.g = density(k, g, shape.out_size());
-  if (zero_of_zeros(k, densities.lhs, x, shape.lhs_size(), dlhs, shape.lhs_size(), executor) ||
-      zero_of_zeros(k, densities.g, g, shape.out_size(), dlhs, shape.lhs_size(), executor)) {
+  if (zero_of_zeros(k, densities.lhs, x, shape.lhs_size(), {{dlhs, shape.lhs_size()}}, executor) ||
+      zero_of_zeros(k, densities.g, g, shape.out_size(), {{dlhs, shape.lhs_size()}}, executor)) {
     count("conv_bwd_input_masked/sparse");
     return;
   }

@@ -186,11 +186,12 @@ class WeightsRun {
     }
     const TapGroup& group = cls->groups[number];
     const int taps = group.place.taps;
+    const int64_t begin = panel_floats(plan_, *cls, item, number);
     for (int tap = 0; tap < taps; ++tap) {
       const int64_t r = group.rows.tap + tap / group.columns.taps * group.rows.tap_step;
       const int64_t q = group.columns.tap + tap % group.columns.taps * group.columns.tap_step;
       for (int64_t c = piece * kPackChannels; c < std::min(s.c, (piece + 1) * kPackChannels); ++c) {
-        int64_t offset = panel_floats(plan_, *cls, item, number);
+        int64_t offset = begin;
         for_steps(plan_, group, item, offset, [&](int64_t first, int features, int vectors, int64_t sums) {
           const int64_t width = vectors * plan_.lanes;
           float* to = filters + filter_floats(plan_, sums) + (c * taps + tap) * width;
@@ -217,7 +218,7 @@ class WeightsRun {
       if (chunk_panels == nullptr && !direct()) store(cls, item, scratch.panel, 0, item.channels);
       const int64_t floats = panel_floats(plan_, cls, item_of(plan_, 0));
       base += floats;
-      filters += filter_floats(plan_, floats);
+      if (plan_.both) filters += filter_floats(plan_, floats);
     }
   }
 
@@ -745,8 +746,8 @@ void conv_bwd_weights(const ConvShape& shape, Mode mode, ConstTensor lhs, ConstT
     densities.lhs = density(k, lhs, shape.lhs_size());
     densities.g = density(k, g, shape.out_size());
   }
-  if (zero_of_zeros(k, densities.lhs, lhs, shape.lhs_size(), drhs, shape.rhs_size(), executor) ||
-      zero_of_zeros(k, densities.g, g, shape.out_size(), drhs, shape.rhs_size(), executor)) {
+  if (zero_of_zeros(k, densities.lhs, lhs, shape.lhs_size(), {{drhs, shape.rhs_size()}}, executor) ||
+      zero_of_zeros(k, densities.g, g, shape.out_size(), {{drhs, shape.rhs_size()}}, executor)) {
     count("conv_bwd_weights/sparse");
     return;
   }

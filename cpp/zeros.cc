@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 namespace sparsetrain {
 
@@ -41,24 +43,26 @@ double density(const Kernels& kernels, ConstTensor values, int64_t count) {
   }
 }
 
-bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count, Tensor result,
-                   int64_t result_count, Executor& executor) {
+bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count,
+                   std::initializer_list<Values> results, Executor& executor) {
   if (sample > 0) return false;
-  constexpr int64_t kChunk = 1 << 14;
+  static constexpr int64_t kChunk = 1 << 14;
   const auto chunks = [](int64_t values) { return (values + kChunk - 1) / kChunk; };
   const auto count_nonzero = kernels.weights.count_nonzero[index_of(operand.dtype)];
   std::atomic<bool> all_zero{true};
-  run_phases(executor, {{chunks(count),
-                         [&](int64_t index) {
-                           if (!all_zero.load(std::memory_order_relaxed)) return;
-                           const int64_t first = index * kChunk, values = std::min(kChunk, count - first);
-                           if (count_nonzero(operand.at(first), values) > 0) all_zero.store(false);
-                         }},
-                        {chunks(result_count), [&](int64_t index) {
-                           if (!all_zero.load()) return;
-                           const int64_t first = index * kChunk, values = std::min(kChunk, result_count - first);
-                           std::memset(result.at(first), 0, static_cast<size_t>(values * result.size()));
-                         }}});
+  std::vector<Phase> phases = {{chunks(count), [&](int64_t index) {
+                                  if (!all_zero.load(std::memory_order_relaxed)) return;
+                                  const int64_t first = index * kChunk, values = std::min(kChunk, count - first);
+                                  if (count_nonzero(operand.at(first), values) > 0) all_zero.store(false);
+                                }}};
+  for (const Values& result : results) {
+    phases.push_back({chunks(result.count), [&all_zero, &result](int64_t index) {
+                        if (!all_zero.load()) return;
+                        const int64_t first = index * kChunk, values = std::min(kChunk, result.count - first);
+                        std::memset(result.tensor.at(first), 0, static_cast<size_t>(values * result.tensor.size()));
+                      }});
+  }
+  run_phases(executor, std::move(phases));
   return all_zero.load();
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "dtype.h"
 #include "kernels.h"
@@ -15,9 +16,15 @@ namespace sparsetrain {
 // most 512, and so many where none of them has a non-zero.
 double density(const Kernels& kernels, ConstTensor values, int64_t count);
 
+// Where a result lies.
+struct Values {
+  Tensor tensor;
+  int64_t count;
+};
+
 // Of convolutions of an operand whose density, as measured, is `sample`: where that is nothing and indeed all its
-// `count` values are zero, sets the `result_count` values of the result to zero and returns true.
-bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count, Tensor result,
-                   int64_t result_count, Executor& executor);
+// `count` values are zero, sets the results to zero and returns true.
+bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count,
+                   std::initializer_list<Values> results, Executor& executor);
 
 }  // namespace sparsetrain

@@ -557,6 +557,8 @@ def _explain_masked(spec: ConvSpec, dims: list[int], density: float | None) -> C
         f"is not zero, skipping the gradient's zeros, or dense{exactly} (here: lhs of density "
         f"{_or_half(density):.2f}, the gradient dense)"
     )
+    if "both_cost" in native.plan("bwd_both", dims, spec.geometry, _or_half(density)):
+        rule += "; where that is cheaper, one walk over the zeros of lhs makes the kernel's gradient as well"
     return Component("dense" if plan["path"] == "dense" else "sparse", rule, plan)
 
 

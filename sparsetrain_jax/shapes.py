@@ -53,7 +53,8 @@ class ConvSpec:
       mode: ``"auto"``, ``"sparse"`` or ``"dense"``.
       precision: what ``jax.lax`` is told on platforms without kernels of ours; the kernels accumulate in float32.
       result: ``"float32"`` if the result has that dtype and the operands have a narrower one; None if it has theirs.
-      relu_input: that the derivative for the input is zero where the input is; concerns ``sparse_conv_fwd`` only.
+      relu_input: that the derivative for the input is zero where the input is; concerns ``sparse_conv_fwd`` and
+        ``sparse_conv_fwd_both`` only.
     """
 
     input_size: tuple[int, int]
