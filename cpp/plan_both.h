@@ -1,6 +1,6 @@
 // Plan of BWW and the masked BWI of one call, which have two operands in common: by walks that make both gradients
-// (kernels_both.h), or each by itself, whichever is cheaper by estimate. A pure function of shape, machine and the
-// measured densities.
+// (kernels_both.h), or each by itself, whichever is cheaper by estimate; in mode sparse by such walks wherever there
+// are any. A pure function of shape, machine and the measured densities.
 #pragma once
 
 #include "conv.h"

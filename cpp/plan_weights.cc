@@ -572,9 +572,6 @@ WeightsPlan plan_both_walks(const ConvShape& given, const Densities& densities, 
   WeightsPlan none{};
   none.shape = shape;
   if (!both_offered(1, 1, 1, machine.registers) || shape.c < machine.lanes) return none;
-  const double products = static_cast<double>(shape.out_size() * shape.r * shape.s) * static_cast<double>(shape.c);
-  const double walks = 2 * densities.lhs * products / machine.lanes;
-  if (too_small_for_threads(2 * walks, 0)) return none;  // what planning takes is not worth it: fitted
   WeightsPlan plan = plan_path(shape, true, true, true, densities.lhs, machine);
   int64_t pixels = 0;
   for (const PixelClass& cls : plan.classes) {
@@ -585,9 +582,6 @@ WeightsPlan plan_both_walks(const ConvShape& given, const Densities& densities, 
   plan.sparse_cost = cost.total();
   plan.serial = too_small_for_threads(plan.sparse_cost, ceil_div(shape.rhs_size(), plan.lanes));
   cut_items(machine, cost, plan);
-  // Few channels and pixels: threads would find nothing to do. Not by their number, on which sums must not depend.
-  constexpr int64_t kPieces = 4;
-  if (plan.chunks * ceil_div(shape.c, machine.lanes) < kPieces) return none;
   return plan;
 }
 

@@ -100,8 +100,7 @@ struct WeightsPlan {
 WeightsPlan plan_weights(const ConvShape& shape, Mode mode, const Densities& densities, const PlanMachine& machine);
 
 // The plan of walks over lhs that make both gradients, `sparse_cost` that of both; `both` is false where there are
-// none: the machine has no such walks, some pixels of lhs meet no tap, channels are too few to fill a vector or to be
-// shared by threads, or the call is small.
+// none: the machine has no such walks, some pixels of lhs meet no tap, or channels are too few to fill a vector.
 WeightsPlan plan_both_walks(const ConvShape& shape, const Densities& densities, const PlanMachine& machine);
 
 // The vectors of the step that begins with `left` features to go, at most `vectors`: few lanes idle, few steps.

@@ -77,8 +77,8 @@ def plan(
     """What the handler of ``component`` would do: blocking, loop order, the densities at which it changes kernels.
 
     Args:
-      component: ``"fwd"``, ``"bwd_input"``, ``"bwd_weights"``, ``"bwd_input_masked"`` or ``"bwd_both"``, the last two at
-        once.
+      component: ``"fwd"``, ``"bwd_input"``, ``"bwd_weights"``, ``"bwd_input_masked"`` or ``"bwd_both"``: the last
+        two at once.
       dims: sizes [N, H, W, C, K, R, S], all positive.
       geometry: :attr:`~sparsetrain_jax.shapes.ConvSpec.geometry`.
       density: fraction of non-zeros of the operand whose zeros are skipped; for the weights, and with a mask, of lhs.
