@@ -443,27 +443,33 @@ def torch_competitors(case: Case, arrays: tuple[np.ndarray, np.ndarray, np.ndarr
     def backward(which: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(tg, tx, tw, None, strides, pads, ones, False, [0, 0], 1, which)
 
-    def competitor(run: Callable[[], Any], order: tuple[int, ...], label: str) -> Competitor:
-        return Competitor(run, lambda: [run().permute(*order).contiguous().float().numpy()], label)
+    def competitor(run: Callable[[], Sequence[Any]], label: str, *orders: tuple[int, ...]) -> Competitor:
+        """`orders`: of the dimensions of each tensor that `run` returns, to get ours."""
+
+        def results() -> list[np.ndarray]:
+            tensors = zip(run(), orders, strict=True)
+            return [tensor.permute(*order).contiguous().float().numpy() for tensor, order in tensors]
+
+        return Competitor(run, results, label)
 
     nhwc, hwio = (0, 2, 3, 1), (2, 3, 1, 0)
     if case.component == FWD:
         ways = [
             competitor(
-                lambda: torch.mkldnn_convolution(tx, tw, None, pads, strides, ones, 1), nhwc, "mkldnn_convolution"
+                lambda: [torch.mkldnn_convolution(tx, tw, None, pads, strides, ones, 1)], "mkldnn_convolution", nhwc
             )
         ]
         if layer.kernel > 1:
-            ways.append(competitor(lambda: torch.conv2d(tx, tw, None, strides, pads), nhwc, "conv2d"))
+            ways.append(competitor(lambda: [torch.conv2d(tx, tw, None, strides, pads)], "conv2d", nhwc))
         return ways
-    of_input = [competitor(lambda: backward([True, False, False])[0], nhwc, "convolution_backward")]
+    of_input = [competitor(lambda: backward([True, False, False])[:1], "convolution_backward", nhwc)]
     if layer.kernel == 1 and layer.stride == 1:
         twt = tw.transpose(0, 1).contiguous(memory_format=channels_last)
-        transposed = lambda: torch.mkldnn_convolution(tg, twt, None, [0, 0], ones, ones, 1)  # noqa: E731
-        of_input.append(competitor(transposed, nhwc, "mkldnn_convolution"))
+        transposed = lambda: [torch.mkldnn_convolution(tg, twt, None, [0, 0], ones, ones, 1)]  # noqa: E731
+        of_input.append(competitor(transposed, "mkldnn_convolution", nhwc))
     if case.component in (BWI, BWI_MASKED):
         return of_input
-    of_weights = competitor(lambda: backward([False, True, False])[1], hwio, "convolution_backward")
+    of_weights = competitor(lambda: backward([False, True, False])[1:2], "convolution_backward", hwio)
     if case.component != BOTH:
         return [of_weights]
 
@@ -474,10 +480,8 @@ def torch_competitors(case: Case, arrays: tuple[np.ndarray, np.ndarray, np.ndarr
             f"{way.label}, {of_weights.label}",
         )
 
-    at_once = lambda: backward([True, True, False])  # noqa: E731
-    results = lambda: [at_once()[0].permute(*nhwc), at_once()[1].permute(*hwio)]  # noqa: E731
-    arrays_of = lambda: [result.contiguous().float().numpy() for result in results()]  # noqa: E731
-    return [Competitor(at_once, arrays_of, "convolution_backward"), *map(one_after_the_other, of_input)]
+    at_once = competitor(lambda: backward([True, True, False])[:2], "convolution_backward", nhwc, hwio)
+    return [at_once, *map(one_after_the_other, of_input)]
 
 
 def _clock(run: Callable[[], Any], repeats: int = 1) -> float:

@@ -157,6 +157,17 @@ ffi::Error conv_bwd_weights_handler(ffi::ThreadPool pool, Operand lhs, Operand g
   return run<conv_bwd_weights>(kOp, pool, shape, mode, std::tie(drhs), lhs, g);
 }
 
+// Two arrays of 4 dimensions, `names` in a message.
+ffi::Error check_same_shape(const char* op, const char* names, const Operand& a, const Operand& b) {
+  for (size_t i = 0; i < 4; ++i) {
+    if (a.dimensions()[i] == b.dimensions()[i]) continue;
+    return ffi::Error::InvalidArgument(std::string(op) + ": " + names + " differ in dimension " + std::to_string(i) +
+                                       ": " + std::to_string(a.dimensions()[i]) + " and " +
+                                       std::to_string(b.dimensions()[i]));
+  }
+  return ffi::Error::Success();
+}
+
 // Of an operation whose result dlhs is masked by x.
 ffi::Error make_masked_shape(const char* op, const Operand& g, const Operand& rhs, const Operand& x, Result& dlhs,
                              Geometry geometry, int64_t mode, ConvShape* shape) {
@@ -164,13 +175,7 @@ ffi::Error make_masked_shape(const char* op, const Operand& g, const Operand& rh
   if (error.failure()) return error;
   error = make_shape(op, geometry, dlhs->dimensions(), rhs.dimensions(), g.dimensions(), mode, shape);
   if (error.failure()) return error;
-  for (size_t i = 0; i < 4; ++i) {
-    if (x.dimensions()[i] == dlhs->dimensions()[i]) continue;
-    return ffi::Error::InvalidArgument(std::string(op) + ": x and the result differ in dimension " + std::to_string(i) +
-                                       ": " + std::to_string(x.dimensions()[i]) + " and " +
-                                       std::to_string(dlhs->dimensions()[i]));
-  }
-  return ffi::Error::Success();
+  return check_same_shape(op, "x and the result", x, *dlhs);
 }
 
 ffi::Error conv_bwd_input_masked_handler(ffi::ThreadPool pool, Operand g, Operand rhs, Operand x, Result dlhs,
@@ -190,12 +195,8 @@ ffi::Error conv_bwd_both_handler(ffi::ThreadPool pool, Operand g, Operand rhs, O
   if (error.failure()) return error;
   error = check_buffers(kOp, drhs, g);
   if (error.failure()) return error;
-  for (size_t i = 0; i < 4; ++i) {
-    if (rhs.dimensions()[i] == drhs->dimensions()[i]) continue;
-    return ffi::Error::InvalidArgument(std::string(kOp) + ": rhs and its gradient differ in dimension " +
-                                       std::to_string(i) + ": " + std::to_string(rhs.dimensions()[i]) + " and " +
-                                       std::to_string(drhs->dimensions()[i]));
-  }
+  error = check_same_shape(kOp, "rhs and its gradient", rhs, *drhs);
+  if (error.failure()) return error;
   return run<conv_bwd_both>(kOp, pool, shape, mode, std::tie(dlhs, drhs), g, rhs, x);
 }
 

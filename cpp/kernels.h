@@ -209,8 +209,8 @@ struct WeightsPackListsArgs {
   ptrdiff_t other_values, other_list;  // from a channel's neighbours to its others
   uint16_t* counts;                    // [channel], or [channel][neighbours, others]
   bool apart;                          // lines of neighbouring pixels have places of their own in L1
-  // If not null, a bit for each pixel of each channel as well, [channel rounded up to lanes][words]; and lists and
-  // values are filled up with zeros to whole groups of four. Not with neighbours; for 16 lanes only.
+  // If not null, a bit for each pixel of each channel as well, [channel][words]; what is beyond the last pixel stays as
+  // it was. Not with neighbours; for 16 lanes only.
   uint64_t* masks;
   int words;  // >= count / 64
 };

@@ -44,7 +44,7 @@ double density(const Kernels& kernels, ConstTensor values, int64_t count) {
 }
 
 bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count,
-                   std::initializer_list<Values> results, Executor& executor) {
+                   std::initializer_list<ResultExtent> results, Executor& executor) {
   if (sample > 0) return false;
   static constexpr int64_t kChunk = 1 << 14;
   const auto chunks = [](int64_t values) { return (values + kChunk - 1) / kChunk; };
@@ -55,7 +55,7 @@ bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, i
                                   const int64_t first = index * kChunk, values = std::min(kChunk, count - first);
                                   if (count_nonzero(operand.at(first), values) > 0) all_zero.store(false);
                                 }}};
-  for (const Values& result : results) {
+  for (const ResultExtent& result : results) {
     phases.push_back({chunks(result.count), [&all_zero, &result](int64_t index) {
                         if (!all_zero.load()) return;
                         const int64_t first = index * kChunk, values = std::min(kChunk, result.count - first);

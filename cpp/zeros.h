@@ -17,7 +17,7 @@ namespace sparsetrain {
 double density(const Kernels& kernels, ConstTensor values, int64_t count);
 
 // Where a result lies.
-struct Values {
+struct ResultExtent {
   Tensor tensor;
   int64_t count;
 };
@@ -25,6 +25,6 @@ struct Values {
 // Of convolutions of an operand whose density, as measured, is `sample`: where that is nothing and indeed all its
 // `count` values are zero, sets the results to zero and returns true.
 bool zero_of_zeros(const Kernels& kernels, double sample, ConstTensor operand, int64_t count,
-                   std::initializer_list<Values> results, Executor& executor);
+                   std::initializer_list<ResultExtent> results, Executor& executor);
 
 }  // namespace sparsetrain

@@ -276,12 +276,13 @@ def _call_native(
     if any(isinstance(d, int) and d == 0 for shape in (*shapes, *operand_shapes) for d in shape):
         return [jnp.zeros(shape, dtype) for shape in shapes]  # nothing to add up, or nothing to write
     reduced = reduced or [()] * len(shapes)
-    if component.parts and (spec.mode == "dense" or _lax_reason(component, spec, operand_shapes)):
+    left_to_lax = _lax_reason(component, spec, operand_shapes)
+    if component.parts and (spec.mode == "dense" or left_to_lax):
         calls = zip(component.apart(operands), reduced, strict=True)
         return [out for (part, own), axes in calls for out in _call_native(part, *own, spec=spec, reduced=[axes])]
     # Parts of a sum are rounded once, after adding them up.
     partial = tuple(jnp.dtype(jnp.float32) if axes else dtype for axes in reduced)
-    if _lax_reason(component, spec, operand_shapes):
+    if left_to_lax:
         outs = [component.reference(*operands, spec=spec).astype(*partial)]
     else:
         outs = _custom_call(component).bind(*operands, spec=spec, dtypes=partial)
