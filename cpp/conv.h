@@ -54,6 +54,12 @@ struct ConvShape {
   }
 };
 
+// Whether vectors stored past the caches fill its lines: those of narrow values are half lines, which would leave the
+// write-combining buffers one by one.
+inline bool fills_lines(const Tensor& result) {
+  return result.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
+}
+
 // Pixels of out along an axis with so many pixels and taps; 0 where the kernel is larger than the padded axis.
 inline int64_t out_pixels(int64_t size, int64_t pad_low, int64_t pad_high, int64_t taps, int64_t stride) {
   const int64_t span = size + pad_low + pad_high - taps;

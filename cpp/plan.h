@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "conv.h"
 #include "isa.h"
 
 namespace sparsetrain {
@@ -24,6 +25,11 @@ struct PlanMachine {
 
   bool single_fma() const { return caches.single_fma(lanes); }
 };
+
+// Whether the gradient of lhs is to by-pass the caches, as far as shapes tell.
+inline bool streams_lhs(const ConvShape& shape, const PlanMachine& machine) {
+  return shape.c % machine.lanes == 0 && 4 * shape.lhs_size() > machine.caches.l3_bytes / 4;
+}
 
 // What a plan would do, by name, for explain and tests. The key "lax", when there, holds the reason why XLA's own
 // convolution beats all paths for this shape, whatever the values; mode "auto" then takes that one.

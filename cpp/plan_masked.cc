@@ -383,7 +383,7 @@ MaskedPlan plan_masked(const ConvShape& given, Mode mode, const Densities& densi
   plan.shape = given.flattened();
   const ConvShape& shape = plan.shape;
   plan.lanes = machine.lanes;
-  plan.stream = shape.c % plan.lanes == 0 && 4 * given.n * given.h * given.w * given.c > machine.caches.l3_bytes / 4;
+  plan.stream = streams_lhs(shape, machine);
   const double dense = plan_product(densities.lhs, machine, plan);
   estimate(densities, machine, dense, plan);
   const double ordinary = mode == Mode::kAuto ? std::min(plan.dense_cost, plan.g_cost) : plan.g_cost;

@@ -580,6 +580,7 @@ WeightsPlan plan_both_walks(const ConvShape& given, const Densities& densities, 
   if (pixels != shape.h * shape.w) return none;
   const Estimate cost = estimate(plan, densities.lhs, machine);
   plan.sparse_cost = cost.total();
+  plan.stream = streams_lhs(shape, machine);
   plan.serial = too_small_for_threads(plan.sparse_cost, ceil_div(shape.rhs_size(), plan.lanes));
   cut_items(machine, cost, plan);
   return plan;

@@ -82,6 +82,7 @@ struct WeightsPlan {
   bool lhs_checked;
   bool sparse;  // walks; else tiles
   bool both;    // walks make the masked gradient of lhs as well
+  bool stream;  // which by-passes the caches
   bool take;    // packed values come out of a register
   bool serial;  // too small for threads
   int lanes;

@@ -960,8 +960,7 @@ void conv_data(const Kernels& isa, DataOp op, const ConvShape& shape, Mode mode,
   const int64_t column_tiles = plan.column_tiles(), tiles = plan.tiles();
   const bool packs_ahead = tiles > 2 || plan.tall;
   SharedBuffer packed(packs_ahead ? layout.floats() * sizeof(float) : 64);
-  const bool aligned = reinterpret_cast<uintptr_t>(result.data) % 64 == 0;
-  const bool stream = plan.stream && aligned && result.dtype == DType::kF32;
+  const bool stream = plan.stream && fills_lines(result);
   const int64_t result_bytes = plan.images * plan.out_rows * plan.out_columns * plan.features * result.size();
   const Call call{.plan = plan,
                   .density = density,

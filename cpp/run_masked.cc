@@ -28,8 +28,7 @@ class MaskedRun {
         dlhs_(dlhs),
         dtype_(index_of(g.dtype)),
         filter_(filter) {
-    // Vectors of narrow values are half lines, which would leave the write-combining buffers one by one.
-    stream_ = plan.stream && dlhs.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(dlhs.data) % 64 == 0;
+    stream_ = plan.stream && fills_lines(dlhs);
     for (const MaskedClass& cls : plan.classes) {
       if (cls.points) continue;
       for (const MaskedStep& step : cls.steps) {

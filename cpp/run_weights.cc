@@ -150,11 +150,7 @@ class WeightsRun {
     const Image lhs_image = {lhs, s.h, s.w, s.c, plan.fold}, g_image = {g, s.oh, s.ow, s.k, {}};
     checked_ = plan.lhs_checked ? lhs_image : g_image;
     dense_ = plan.lhs_checked ? g_image : lhs_image;
-    if (input != nullptr) {
-      // Vectors of narrow values are half lines, which would leave the write-combining buffers one by one.
-      stream_ = s.c % plan.lanes == 0 && 4 * s.lhs_size() > machine().l3_bytes / 4 &&
-                input->dlhs.dtype == DType::kF32 && reinterpret_cast<uintptr_t>(input->dlhs.data) % 64 == 0;
-    }
+    stream_ = plan.stream && fills_lines(input->dlhs);
     size_scratch();
   }
 
