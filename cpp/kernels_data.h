@@ -387,35 +387,22 @@ struct PointSweep {
   using Columns = sparsetrain::Columns<Isa, 1, kVectors>;
   using Sums = Vec[kVectors];
 
-  static ST_INLINE int next(uint64_t& mask) {
-    const int channel = __builtin_ctzll(mask);
-    mask &= mask - 1;
-    return channel;
+  static ST_INLINE const float* filter_of(size_t channel, const float* filter) {
+    const float* f = filter + channel * kFeatures;
+    ST_OPAQUE(f);
+    return f;
   }
-
-  static ST_INLINE void visit_single(Sums& sums, uint64_t mask, const float* pixel, const float* filter) {
-    while (mask != 0) {
-      const int channel = next(mask);
-      const float* f = filter + static_cast<size_t>(channel) * kFeatures;
-      ST_OPAQUE(f);
-      const Vec value = Isa::broadcast(pixel + channel);
-      unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::fma(value, Isa::load(f + v * kLanes), sums[v]); });
-    }
+  static ST_INLINE void add_single(Sums& sums, const float* value, const float* f) {
+    const Vec x = Isa::broadcast(value);
+    unroll<kVectors>([&](auto v) ST_LAMBDA { sums[v] = Isa::fma(x, Isa::load(f + v * kLanes), sums[v]); });
   }
-
-  static ST_INLINE void visit_both(Sums& sums0, Sums& sums1, uint64_t mask, const float* pixel0, const float* pixel1,
-                                   const float* filter) {
-    while (mask != 0) {
-      const int channel = next(mask);
-      const float* f = filter + static_cast<size_t>(channel) * kFeatures;
-      ST_OPAQUE(f);
-      const Vec value0 = Isa::broadcast(pixel0 + channel), value1 = Isa::broadcast(pixel1 + channel);
-      unroll<kVectors>([&](auto v) ST_LAMBDA {
-        const Vec w = Isa::load_shared(f + v * kLanes);
-        Isa::fma_shared(value0, w, sums0[v]);
-        Isa::fma_shared(value1, w, sums1[v]);
-      });
-    }
+  static ST_INLINE void add_both(Sums& sums0, Sums& sums1, const float* value0, const float* value1, const float* f) {
+    const Vec x0 = Isa::broadcast(value0), x1 = Isa::broadcast(value1);
+    unroll<kVectors>([&](auto v) ST_LAMBDA {
+      const Vec w = Isa::load_shared(f + v * kLanes);
+      Isa::fma_shared(x0, w, sums0[v]);
+      Isa::fma_shared(x1, w, sums1[v]);
+    });
   }
 
   // The loop visits every column once, also those that no pixel reaches. Most steps are `inner` ones, whose pixels and
@@ -458,9 +445,17 @@ struct PointSweep {
       }
       for (int i = 0; i < a.prefetch_lines; ++i, prefetch += 64) __builtin_prefetch(prefetch, 0, 2);
       const uint64_t both = mask0 & mask1 & a.pair_mask;
-      visit_both(sums0, sums1, both, pixel0, pixel1, a.filter);
-      visit_single(sums0, mask0 ^ both, pixel0, a.filter);
-      visit_single(sums1, mask1 ^ both, pixel1, a.filter);
+      const auto both_at = [&](size_t c)
+                               ST_LAMBDA { add_both(sums0, sums1, pixel0 + c, pixel1 + c, filter_of(c, a.filter)); };
+      const auto at0 = [&](size_t c) ST_LAMBDA { add_single(sums0, pixel0 + c, filter_of(c, a.filter)); };
+      const auto at1 = [&](size_t c) ST_LAMBDA { add_single(sums1, pixel1 + c, filter_of(c, a.filter)); };
+      if constexpr (Isa::kRegisters == 32) {
+        take_turns(visits(both, both_at), visits(mask0 ^ both, at0), visits(mask1 ^ both, at1));
+      } else {  // turns spill
+        take_turns(visits(both, both_at));
+        take_turns(visits(mask0 ^ both, at0));
+        take_turns(visits(mask1 ^ both, at1));
+      }
       pixel0 = pixel1 + a.value_pitch;
       if (__builtin_expect(inner && plain, 1)) {
         Columns::store(a, out, sums0);

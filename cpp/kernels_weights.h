@@ -133,15 +133,6 @@ struct Walk {
 
   static constexpr bool kLists = walk_lists(kTaps);
 
-  template <class F>
-  static ST_INLINE void for_bits(uint64_t mask, F&& f) {
-    for (; mask != 0; mask &= mask - 1) f(static_cast<size_t>(__builtin_ctzll(mask)));
-  }
-  template <class F>
-  static ST_INLINE void for_entries(const uint16_t* list, int count, F&& f) {
-    for (const uint16_t* end = list + count; list != end; ++list) f(static_cast<size_t>(*list));
-  }
-
   // Adds the products of position i for the channels of a set; `value` is that of the first channel.
   template <int kSet, int kTogether>
   static ST_INLINE void visit(const WeightsWalkArgs& args, size_t i, const float* value, const float* dense,
@@ -163,24 +154,6 @@ struct Walk {
     });
   }
 
-  // The packed values of one channel.
-  template <class V>
-  static ST_INLINE void walk_values(const WeightsWalkArgs& args, const uint16_t* list, int count, V values,
-                                    Vec (&acc)[kCount]) {
-    for_entries(list, count, [&](size_t i) ST_LAMBDA {
-      const Vec x = values.take();
-      each<false>(args.dense + i * kWidth, args.tap_row * kWidth,
-                  [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
-    });
-  }
-  static ST_INLINE void walk_packed(const WeightsWalkArgs& args, const uint16_t* list, int count, const float* values,
-                                    Vec (&acc)[kCount]) {
-    if constexpr (Isa::kTakes) {
-      if (args.take) return walk_values(args, list, count, TakenValues<Isa>(values), acc);
-    }
-    walk_values(args, list, count, Values<Isa>(values), acc);
-  }
-
   // Adds the products of positions i and i + 1.
   static ST_INLINE void visit_neighbours(const WeightsWalkArgs& args, size_t i, const float* value,
                                          Vec (&acc)[kCount]) {
@@ -197,14 +170,76 @@ struct Walk {
       dense += args.tap_row * kWidth;
     });
   }
-  static ST_INLINE void walk_neighbours(const WeightsWalkArgs& args, const uint16_t* list, const uint16_t* counts,
-                                        const float* values, Vec (&acc)[kCount]) {
-    const float* value = values;
-    for_entries(list, counts[0], [&](size_t i) ST_LAMBDA {
-      visit_neighbours(args, i, value, acc);
-      value += 2;
-    });
-    walk_packed(args, list + args.other_list, counts[1], values + args.other_values, acc);
+
+  // The packed values of one channel: neighbours, if `args` has them, and those of others, which `packed` gives.
+  template <class V>
+  static ST_INLINE void walk_values(const WeightsWalkArgs& args, const uint16_t* list, const uint16_t* counts,
+                                    const float* values, V packed, Vec (&acc)[kCount]) {
+    const auto single = [&](size_t i) ST_LAMBDA {
+      const Vec x = packed.take();
+      each<false>(args.dense + i * kWidth, args.tap_row * kWidth,
+                  [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
+    };
+    if constexpr (kLists) {
+      if (args.kind == WeightsLists::kNeighbours) {
+        const auto two = [&](size_t i) ST_LAMBDA {
+          visit_neighbours(args, i, values, acc);
+          values += 2;
+        };
+        return take_turns(visits(list, counts[0], two), visits(list + args.other_list, counts[1], single));
+      }
+    }
+    take_turns(visits(list, counts[0], single));
+  }
+  static ST_INLINE void walk_packed(const WeightsWalkArgs& args, const uint16_t* list, const uint16_t* counts,
+                                    const float* values, Vec (&acc)[kCount]) {
+    const float* others = args.kind == WeightsLists::kNeighbours ? values + args.other_values : values;
+    if constexpr (Isa::kTakes) {
+      if (args.take) return walk_values(args, list, counts, values, TakenValues<Isa>(others), acc);
+    }
+    walk_values(args, list, counts, values, Values<Isa>(others), acc);
+  }
+
+  // The positions of sets of channels: by lists in the order of WeightsListArgs, or by masks.
+  template <int kTogether>
+  static ST_INLINE void walk_sets(const WeightsWalkArgs& args, int c, const float* values, const uint16_t* list,
+                                  const uint16_t* counts, Vec (&acc)[kTogether][kCount]) {
+    const float* dense = args.dense;
+    const auto at = [&](auto set) { return [&](size_t i) ST_LAMBDA { visit<set>(args, i, values + i, dense, acc); }; };
+    if constexpr (kLists) {
+      const auto next = [&](auto index) ST_LAMBDA {
+        const uint16_t* begin = list;
+        list += counts[index];
+        return visits(begin, counts[index], at(Index<list_set(index)>{}));
+      };
+      const auto a = next(Index<0>{});
+      if constexpr (kTogether == 1) {
+        take_turns(a);
+      } else {
+        const auto ab = next(Index<1>{}), b = next(Index<2>{});
+        if constexpr (kTogether == 2) {
+          take_turns(a, ab, b);
+        } else {
+          const auto bc = next(Index<3>{}), abc = next(Index<4>{}), ac = next(Index<5>{});
+          const auto last = next(Index<6>{});
+          take_turns(a, bc);
+          take_turns(b, ac);
+          take_turns(last, ab);
+          take_turns(abc);
+        }
+      }
+    } else {
+      static_assert(kTogether <= 2, "sets of masks");
+      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + (kTogether - 1) * args.words;
+      for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
+        const uint64_t a = masks_a[w], b = masks_b[w];
+        if constexpr (kTogether == 1) {
+          take_turns(visits(a, at(Index<1>{})));
+        } else {
+          take_turns(visits(a & ~b, at(Index<1>{})), visits(a & b, at(Index<3>{})), visits(b & ~a, at(Index<2>{})));
+        }
+      }
+    }
   }
 
   // kTogether channels from c on, of which `channels` exist. For one channel `counts` may be a sum of several.
@@ -214,30 +249,10 @@ struct Walk {
     Vec acc[kTogether][kCount];
     unroll<kTogether>([&](auto j) ST_LAMBDA { load(args.panel, c + j, acc[j]); });
     const float* values = args.values + c * args.value_pitch;
-    const float* dense = args.dense;
-    if (kTogether == 1 && args.kind == WeightsLists::kPacked) {
-      walk_packed(args, list, counts[0], values, acc[0]);
-    } else if (kTogether == 1 && args.kind == WeightsLists::kNeighbours) {
-      if constexpr (walk_lists(kTaps)) walk_neighbours(args, list, counts, values, acc[0]);
-    } else if constexpr (kLists) {
-      unroll<(1 << kTogether) - 1>([&](auto index) ST_LAMBDA {
-        for_entries(list, counts[index],
-                    [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values + i, dense, acc); });
-        list += counts[index];
-      });
+    if (kTogether == 1 && (args.kind == WeightsLists::kPacked || args.kind == WeightsLists::kNeighbours)) {
+      walk_packed(args, list, counts, values, acc[0]);
     } else {
-      static_assert(kTogether <= 2, "sets of masks");
-      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + (kTogether - 1) * args.words;
-      for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
-        const uint64_t a = masks_a[w], b = masks_b[w];
-        if constexpr (kTogether == 1) {
-          for_bits(a, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values + i, dense, acc); });
-        } else {
-          for_bits(a & ~b, [&](size_t i) ST_LAMBDA { visit<1>(args, i, values + i, dense, acc); });
-          for_bits(a & b, [&](size_t i) ST_LAMBDA { visit<3>(args, i, values + i, dense, acc); });
-          for_bits(b & ~a, [&](size_t i) ST_LAMBDA { visit<2>(args, i, values + i, dense, acc); });
-        }
-      }
+      walk_sets<kTogether>(args, c, values, list, counts, acc);
     }
     unroll<kTogether>([&](auto j) ST_LAMBDA {
       if (j < channels) save(args.panel, c + j, acc[j]);

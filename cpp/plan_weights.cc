@@ -19,6 +19,7 @@ constexpr double kNeighbourDensity = 0.4, kNeighbourDensitySingleFma = 0.13, kMo
 constexpr int kNeighbourTaps = 9;
 constexpr int64_t kNeighbourTapVectors = 96;
 constexpr double kFew = 0.15;           // below: non-zeros are far apart in all that they meet
+constexpr double kHalf = 0.5;           // up to here lists gain more by length than by a dense block well within L1
 constexpr double kWideBoth = 0.35;      // below: one tap of both gradients meets pixels from L2 as well
 constexpr int64_t kFoldChannels = 8;    // up to here, channels are folded with the columns of the kernel
 constexpr int64_t kChunkPixels = 1024;  // of a class, per chunk, for its sums to be a small part of the work
@@ -223,10 +224,11 @@ void block_pixels(const WeightsPlan& plan, double density, const PlanMachine& ma
     taps = std::max<int64_t>(taps, group.rows.taps * group.columns.taps);
   }
   // Positions of the dense block. Walks jump about in it: in L1, filled higher where a large halo makes few positions
-  // of it, where a few taps leave little to do between the moves of sums, or non-zeros are few and touch it less. Tiles
-  // with several taps sweep it in order, from L2 as well, and gain from small halos and sums that stay in registers for
-  // longer. Lists of both gradients must not be short: of wide steps twice L1.
-  const bool few = halo_rows > 0 && (density < kFew || plan.both), high = halo_rows > 2 || (taps > 1 && taps <= 4);
+  // of it, where a few taps leave little to do between the moves of sums, or zeros are many: lists are short then, and
+  // touch it less. Tiles with several taps sweep it in order, from L2 as well, and gain from small halos and sums that
+  // stay in registers for longer. Lists of both gradients must not be short: of wide steps twice L1.
+  const bool few = halo_rows > 0 && (density < kFew || plan.both);
+  const bool high = halo_rows > 2 || (taps > 1 && (taps <= 4 || (machine.single_fma() && density <= kHalf)));
   const TapGroup& first = cls.groups.front();
   const bool all = halo_rows == 0 && cls.lists == WeightsLists::kPacked && first.columns.taps == 1;
   const bool wide = plan.both && all && first.vectors == 8 && density < kWideBoth;

@@ -50,6 +50,49 @@ ST_INLINE int list_word(uint16_t* list, uint64_t word, const uint16_t* integers)
   return static_cast<int>(list - begin);
 }
 
+// What is left to visit: the bits of a mask, or the entries of a list.
+struct MaskLeft {
+  uint64_t mask;
+  ST_INLINE bool any() const { return mask != 0; }
+  ST_INLINE size_t next() {
+    const int bit = __builtin_ctzll(mask);
+    mask &= mask - 1;
+    return static_cast<size_t>(bit);
+  }
+};
+struct ListLeft {
+  const uint16_t *list, *end;
+  ST_INLINE bool any() const { return list != end; }
+  ST_INLINE size_t next() { return *list++; }
+};
+
+// Visits of one kind to the positions that are left.
+template <class Left, class F>
+struct Visits {
+  Left left;
+  F visit;
+  ST_INLINE void turn() { visit(left.next()); }
+  ST_INLINE void rest() {
+    while (left.any()) turn();
+  }
+};
+template <class F>
+ST_INLINE Visits<MaskLeft, F> visits(uint64_t mask, F visit) {
+  return {{mask}, visit};
+}
+template <class F>
+ST_INLINE Visits<ListLeft, F> visits(const uint16_t* list, int count, F visit) {
+  return {{list, list + count}, visit};
+}
+
+// All visits, kinds taking turns as long as there are some of each. Loads bound those that share none, multiply-adds
+// those that do; side by side they fill up each other's time.
+template <class... V>
+ST_INLINE void take_turns(V... kinds) {
+  while ((kinds.left.any() && ...)) (kinds.turn(), ...);
+  (kinds.rest(), ...);
+}
+
 // Packed values one after another, each in all lanes.
 template <class Isa>
 struct Values {
