@@ -96,7 +96,6 @@ struct Walk {
   static constexpr int kTaps = kRows * kColumns;
   static constexpr int kCount = kTaps * kVectors;
   static constexpr int kWidth = kVectors * Isa::kLanes;
-  static constexpr bool kPairs = walk_together(2, kCount, Isa::kRegisters);
 
   static ST_INLINE void load(const WeightsPanel& panel, int64_t channel, Vec (&acc)[kCount]) {
     const float* sums = panel.sums + channel * panel.channel;
@@ -154,6 +153,11 @@ struct Walk {
     });
   }
 
+  static ST_INLINE void visit_packed(const WeightsWalkArgs& args, size_t i, Vec value, Vec (&acc)[kCount]) {
+    each<false>(args.dense + i * kWidth, args.tap_row * kWidth,
+                [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(value, y, acc[t]); });
+  }
+
   // Adds the products of positions i and i + 1.
   static ST_INLINE void visit_neighbours(const WeightsWalkArgs& args, size_t i, const float* value,
                                          Vec (&acc)[kCount]) {
@@ -171,93 +175,7 @@ struct Walk {
     });
   }
 
-  // The packed values of one channel: neighbours, if `args` has them, and those of others, which `packed` gives.
-  template <class V>
-  static ST_INLINE void walk_values(const WeightsWalkArgs& args, const uint16_t* list, const uint16_t* counts,
-                                    const float* values, V packed, Vec (&acc)[kCount]) {
-    const auto single = [&](size_t i) ST_LAMBDA {
-      const Vec x = packed.take();
-      each<false>(args.dense + i * kWidth, args.tap_row * kWidth,
-                  [&](auto t, Vec y) ST_LAMBDA { acc[t] = Isa::fma(x, y, acc[t]); });
-    };
-    if constexpr (kLists) {
-      if (args.kind == WeightsLists::kNeighbours) {
-        const auto two = [&](size_t i) ST_LAMBDA {
-          visit_neighbours(args, i, values, acc);
-          values += 2;
-        };
-        return take_turns(visits(list, counts[0], two), visits(list + args.other_list, counts[1], single));
-      }
-    }
-    take_turns(visits(list, counts[0], single));
-  }
-  static ST_INLINE void walk_packed(const WeightsWalkArgs& args, const uint16_t* list, const uint16_t* counts,
-                                    const float* values, Vec (&acc)[kCount]) {
-    const float* others = args.kind == WeightsLists::kNeighbours ? values + args.other_values : values;
-    if constexpr (Isa::kTakes) {
-      if (args.take) return walk_values(args, list, counts, values, TakenValues<Isa>(others), acc);
-    }
-    walk_values(args, list, counts, values, Values<Isa>(others), acc);
-  }
-
-  // The positions of sets of channels: by lists in the order of WeightsListArgs, or by masks.
-  template <int kTogether>
-  static ST_INLINE void walk_sets(const WeightsWalkArgs& args, int c, const float* values, const uint16_t* list,
-                                  const uint16_t* counts, Vec (&acc)[kTogether][kCount]) {
-    const float* dense = args.dense;
-    const auto at = [&](auto set) { return [&](size_t i) ST_LAMBDA { visit<set>(args, i, values + i, dense, acc); }; };
-    if constexpr (kLists) {
-      const auto next = [&](auto index) ST_LAMBDA {
-        const uint16_t* begin = list;
-        list += counts[index];
-        return visits(begin, counts[index], at(Index<list_set(index)>{}));
-      };
-      const auto a = next(Index<0>{});
-      if constexpr (kTogether == 1) {
-        take_turns(a);
-      } else {
-        const auto ab = next(Index<1>{}), b = next(Index<2>{});
-        if constexpr (kTogether == 2) {
-          take_turns(a, ab, b);
-        } else {
-          const auto bc = next(Index<3>{}), abc = next(Index<4>{}), ac = next(Index<5>{});
-          const auto last = next(Index<6>{});
-          take_turns(a, bc);
-          take_turns(b, ac);
-          take_turns(last, ab);
-          take_turns(abc);
-        }
-      }
-    } else {
-      static_assert(kTogether <= 2, "sets of masks");
-      const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + (kTogether - 1) * args.words;
-      for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
-        const uint64_t a = masks_a[w], b = masks_b[w];
-        if constexpr (kTogether == 1) {
-          take_turns(visits(a, at(Index<1>{})));
-        } else {
-          take_turns(visits(a & ~b, at(Index<1>{})), visits(a & b, at(Index<3>{})), visits(b & ~a, at(Index<2>{})));
-        }
-      }
-    }
-  }
-
-  // kTogether channels from c on, of which `channels` exist. For one channel `counts` may be a sum of several.
-  template <int kTogether>
-  static ST_INLINE void walk(const WeightsWalkArgs& args, int c, int channels, const uint16_t* list,
-                             const uint16_t* counts) {
-    Vec acc[kTogether][kCount];
-    unroll<kTogether>([&](auto j) ST_LAMBDA { load(args.panel, c + j, acc[j]); });
-    const float* values = args.values + c * args.value_pitch;
-    if (kTogether == 1 && (args.kind == WeightsLists::kPacked || args.kind == WeightsLists::kNeighbours)) {
-      walk_packed(args, list, counts, values, acc[0]);
-    } else {
-      walk_sets<kTogether>(args, c, values, list, counts, acc);
-    }
-    unroll<kTogether>([&](auto j) ST_LAMBDA {
-      if (j < channels) save(args.panel, c + j, acc[j]);
-    });
-  }
+  // ---- one loop for each way to walk ----
 
   static ST_INLINE void prefetch_sums(const WeightsPanel& panel, int64_t channel) {
     const float* sums = panel.sums + channel * panel.channel;
@@ -267,34 +185,135 @@ struct Walk {
     });
   }
 
-  static void run(const WeightsWalkArgs& args) {
-    const int together = args.together;
-    const int lists = args.kind == WeightsLists::kNeighbours ? 2 : (1 << together) - 1;
-    const int64_t turns = (args.channels + together - 1) / together;
+  // Calls add(c, values of channel c, list, counts, sums) for every kTogether channels; lists are those of kListed
+  // channels, with kCounts counts.
+  template <int kTogether, int kListed, int kCounts, class F>
+  static ST_INLINE void for_channels(const WeightsWalkArgs& args, F&& add) {
+    const int64_t turns = (args.channels + kTogether - 1) / kTogether;
     Prefetcher next_dense(args.next[0], turns), next_checked(args.next[1], turns);
-    const uint16_t* list = args.lists;
-    const uint16_t* counts = args.counts;
-    for (int c = 0; c < args.channels; c += together, list += args.list_pitch, counts += lists) {
+    for (int c = 0; c < args.channels; c += kTogether) {
       next_dense.turn();
       next_checked.turn();
       if constexpr (kTaps >= 9) {  // many lines at once, maybe from beyond L2
-        for (int j = 0; j < together; ++j) prefetch_sums(args.panel, c + together + j);
+        for (int j = 0; j < kTogether; ++j) prefetch_sums(args.panel, c + kTogether + j);
       }
-      const int channels = args.channels - c < together ? args.channels - c : together;
-      if (together == 1) {
-        walk<1>(args, c, 1, list, counts);
-      } else if (together == 2) {
-        if constexpr (kPairs) {
-          walk<2>(args, c, channels, list, counts);
-        } else {  // one after the other, each with a list that both of these make
-          const uint16_t a[] = {static_cast<uint16_t>(counts[0] + counts[1]), 0};
-          const uint16_t b[] = {static_cast<uint16_t>(counts[1] + counts[2]), 0};
-          walk<1>(args, c, 1, list, a);
-          if (channels == 2) walk<1>(args, c + 1, 1, list + counts[0], b);
-        }
-      } else {
-        if constexpr (kLists && walk_together(3, kCount, Isa::kRegisters)) walk<3>(args, c, channels, list, counts);
+      Vec acc[kTogether][kCount];
+      unroll<kTogether>([&](auto j) ST_LAMBDA { load(args.panel, c + j, acc[j]); });
+      add(c, args.values + c * args.value_pitch, args.lists + c / kListed * args.list_pitch,
+          args.counts + c / kListed * kCounts, acc);
+      unroll<kTogether>([&](auto j) ST_LAMBDA {
+        if (c + j < args.channels) save(args.panel, c + j, acc[j]);
+      });
+    }
+  }
+
+  // Values that are packed.
+  template <class V>
+  static ST_NOINLINE void run_packed(const WeightsWalkArgs& args) {
+    for_channels<1, 1, 1>(args, [&](int, const float* values, const uint16_t* list, const uint16_t* counts,
+                                    Vec(&acc)[1][kCount]) ST_LAMBDA {
+      V packed(values);
+      take_turns(visits(list, counts[0], [&](size_t i) ST_LAMBDA { visit_packed(args, i, packed.take(), acc[0]); }));
+    });
+  }
+  template <class V>
+  static ST_NOINLINE void run_neighbours(const WeightsWalkArgs& args) {
+    for_channels<1, 1, 2>(args, [&](int, const float* values, const uint16_t* list, const uint16_t* counts,
+                                    Vec(&acc)[1][kCount]) ST_LAMBDA {
+      V others(values + args.other_values);
+      const auto two = [&](size_t i) ST_LAMBDA {
+        visit_neighbours(args, i, values, acc[0]);
+        values += 2;
+      };
+      const auto one = [&](size_t i) ST_LAMBDA { visit_packed(args, i, others.take(), acc[0]); };
+      take_turns(visits(list, counts[0], two), visits(list + args.other_list, counts[1], one));
+    });
+  }
+  template <class V>
+  static ST_INLINE void run_values(const WeightsWalkArgs& args) {
+    if constexpr (kLists) {
+      if (args.kind == WeightsLists::kNeighbours) return run_neighbours<V>(args);
+    }
+    run_packed<V>(args);
+  }
+
+  // Values in place, the positions of one channel.
+  static ST_INLINE void walk_one(const WeightsWalkArgs& args, int c, const float* values, const uint16_t* list,
+                                 int count, Vec (&acc)[1][kCount]) {
+    const float* dense = args.dense;
+    const auto at = [&](size_t i) ST_LAMBDA { visit<1>(args, i, values + i, dense, acc); };
+    if constexpr (kLists) {
+      take_turns(visits(list, count, at));
+    } else {
+      const uint64_t* masks = args.masks + c * args.words;
+      for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) take_turns(visits(masks[w], at));
+    }
+  }
+  static ST_NOINLINE void run_ones(const WeightsWalkArgs& args) {
+    for_channels<1, 1, 1>(args, [&](int c, const float* values, const uint16_t* list, const uint16_t* counts, auto& acc)
+                                    ST_LAMBDA { walk_one(args, c, values, list, counts[0], acc); });
+  }
+  // Of channels in twos, but one after the other: each with a list that two of theirs make.
+  static ST_NOINLINE void run_apart(const WeightsWalkArgs& args) {
+    for_channels<1, 2, 3>(
+        args, [&](int c, const float* values, const uint16_t* list, const uint16_t* counts, auto& acc) ST_LAMBDA {
+          const bool second = c % 2 != 0;
+          walk_one(args, c, values, second ? list + counts[0] : list, counts[second] + counts[1 + second], acc);
+        });
+  }
+  static ST_NOINLINE void run_twos(const WeightsWalkArgs& args) {
+    for_channels<2, 2, 3>(
+        args, [&](int c, const float* values, const uint16_t* list, const uint16_t* counts, auto& acc) ST_LAMBDA {
+          const float* dense = args.dense;
+          const auto at = [&](auto set) {
+            return [&](size_t i) ST_LAMBDA { visit<set>(args, i, values + i, dense, acc); };
+          };
+          if constexpr (kLists) {
+            const uint16_t *ab = list + counts[0], *b = ab + counts[1];
+            take_turns(visits(list, counts[0], at(Index<1>{})), visits(ab, counts[1], at(Index<3>{})),
+                       visits(b, counts[2], at(Index<2>{})));
+          } else {
+            const uint64_t *masks_a = args.masks + c * args.words, *masks_b = masks_a + args.words;
+            for (int w = 0; w < args.words; ++w, values += 64, dense += 64 * kWidth) {
+              const uint64_t a = masks_a[w], b = masks_b[w];
+              take_turns(visits(a & ~b, at(Index<1>{})), visits(a & b, at(Index<3>{})), visits(b & ~a, at(Index<2>{})));
+            }
+          }
+        });
+  }
+  static ST_NOINLINE void run_threes(const WeightsWalkArgs& args) {
+    for_channels<3, 3, 7>(
+        args, [&](int, const float* values, const uint16_t* list, const uint16_t* counts, auto& acc) ST_LAMBDA {
+          const auto next = [&](auto index) ST_LAMBDA {
+            const uint16_t* begin = list;
+            list += counts[index];
+            return visits(begin, counts[index],
+                          [&](size_t i) ST_LAMBDA { visit<list_set(index)>(args, i, values + i, args.dense, acc); });
+          };
+          const auto a = next(Index<0>{}), ab = next(Index<1>{}), b = next(Index<2>{}), bc = next(Index<3>{});
+          const auto abc = next(Index<4>{}), ac = next(Index<5>{}), c = next(Index<6>{});
+          take_turns(a, bc);
+          take_turns(b, ac);
+          take_turns(c, ab);
+          take_turns(abc);
+        });
+  }
+
+  static void run(const WeightsWalkArgs& args) {
+    if (args.kind == WeightsLists::kPacked || args.kind == WeightsLists::kNeighbours) {
+      if constexpr (Isa::kTakes) {
+        if (args.take) return run_values<TakenValues<Isa>>(args);
       }
+      return run_values<Values<Isa>>(args);
+    }
+    if (args.together == 1) return run_ones(args);
+    if constexpr (kLists && walk_together(3, kCount, Isa::kRegisters)) {
+      if (args.together == 3) return run_threes(args);
+    }
+    if constexpr (walk_together(2, kCount, Isa::kRegisters)) {
+      run_twos(args);
+    } else {
+      run_apart(args);
     }
   }
 };
