@@ -10,14 +10,15 @@ namespace {
 
 // Times taps; below: channels that share loads gain less than the ends of loops cost. Single channels have their values
 // packed, which is worth more where one load a cycle leaves less to wait behind and taps are many.
-constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.2;
+constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.75;
 constexpr double kPairDensityFewTaps = 0.2;  // of two to eight taps, not times these
 constexpr double kThreesDensity = 0.35;      // above: three channels instead of two, whose lists end seven times
 // Between these neighbours share loads, where many taps and features pay for their packing; above, too, where there is
-// no room for three channels.
+// no room for three channels; from fewer non-zeros on where these are many.
 constexpr double kNeighbourDensity = 0.4, kNeighbourDensitySingleFma = 0.13, kMostNeighbourDensity = 0.45;
-constexpr int kNeighbourTaps = 9;
-constexpr int64_t kNeighbourTapVectors = 96;
+constexpr double kLeastNeighbourDensity = 0.095;
+constexpr int kNeighbourTaps = 9, kManyTaps = 16;
+constexpr int64_t kNeighbourTapVectors = 48, kManyTapVectors = 160;
 constexpr double kFew = 0.15;           // below: non-zeros are far apart in all that they meet
 constexpr double kHalf = 0.5;           // up to here lists gain more by length than by a dense block well within L1
 constexpr double kWideBoth = 0.35;      // below: one tap of both gradients meets pixels from L2 as well
@@ -175,9 +176,13 @@ void choose_lists(const WeightsPlan& plan, double density, const PlanMachine& ma
     twos = twos || walk_together(2, group_taps * group.vectors, machine.registers);
     threes = threes && walk_lists(group_taps) && walk_together(3, group_taps * group.vectors, machine.registers);
   }
+  const int64_t tap_vectors = taps * ceil_div(plan.features, machine.lanes);
+  const bool many = taps >= kManyTaps || tap_vectors >= kManyTapVectors;
+  const double least = !machine.single_fma() ? kNeighbourDensity
+                       : many                ? kLeastNeighbourDensity
+                                             : kNeighbourDensitySingleFma;
   if (!(threes && density > kMostNeighbourDensity) && columns && fewest >= kNeighbourTaps &&
-      taps * ceil_div(plan.features, machine.lanes) >= kNeighbourTapVectors &&
-      density >= (machine.single_fma() ? kNeighbourDensitySingleFma : kNeighbourDensity)) {
+      tap_vectors >= kNeighbourTapVectors && density >= least) {
     cls.lists = WeightsLists::kNeighbours;
     return;
   }
