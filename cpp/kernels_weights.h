@@ -16,7 +16,8 @@
 // Loads bound the walk: one per multiply-add, plus one for the broadcast. Two things break the bound. *Neighbours*, two
 // non-zeros of a channel at positions i and i + 1, meet the same dense vectors one column of taps apart: kColumns + 1
 // loads for each row of taps serve 2 * kColumns multiply-adds, without a register for another sum. And channels walked
-// *together*, two or three: where several are non-zero each load serves as many multiply-adds.
+// *together*, two or three: where several are non-zero each load serves as many multiply-adds. These visits leave loads
+// to spare and take turns with those that lack them.
 //
 // Where skipping does not pay, a *tile* of channels x features sits in registers instead and runs over all pixels, tap
 // by tap. It reads the same scratch and leaves the same sums.
