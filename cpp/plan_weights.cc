@@ -13,8 +13,8 @@ namespace {
 constexpr double kPairDensity = 0.25, kPairDensitySingleFma = 1.75;
 constexpr double kPairDensityFewTaps = 0.2;  // of two to eight taps, not times these
 constexpr double kThreesDensity = 0.35;      // above: three channels instead of two, whose lists end seven times
-// Between these neighbours share loads, where many taps and features pay for their packing; above, too, where there is
-// no room for three channels; from fewer non-zeros on where these are many.
+// Between these neighbours share loads, where taps and features pay for their packing; above, too, where there is no
+// room for three channels; and down to the least density where taps or features are many (one multiply-add a cycle).
 constexpr double kNeighbourDensity = 0.4, kNeighbourDensitySingleFma = 0.13, kMostNeighbourDensity = 0.45;
 constexpr double kLeastNeighbourDensity = 0.095;
 constexpr int kNeighbourTaps = 9, kManyTaps = 16;
